@@ -1,0 +1,667 @@
+// The row kernels of distillation_loss for one instruction set (KD_TARGET). Included by cpu_<level>.cpp, nowhere else.
+//
+// forward, per row, with its exponentials and then its terms in a scratch that stays in the second-level cache:
+//   1. read both rows block by block: maximum, exponentials relative to the block's maximum, their sums   → log-sum-exps
+//   2. for each block: p, q, log p, log q, the divergence's term                                          → D, ΣG
+//   3. if a gradient is wanted, for each block: (G − p·ΣG), label and z-loss terms, one store
+// Divergences whose ΣG is known to be zero do 2 and 3 block by block together. backward does 2 and 3 from the kept lines.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "../rows.h"
+#include "problem.h"
+
+namespace kd {
+namespace {
+
+// Per-thread memory that outlives the call: allocating it anew costs a page fault per 4 KiB, 60 µs for a row of 128k.
+template <class Real>
+struct Scratch {
+  struct Free {
+    void operator()(Real* p) const { std::free(p); }
+  };
+  std::unique_ptr<Real, Free> memory;
+  int64_t size = 0;
+
+  Real* get(int64_t wanted) {
+    if (wanted > size) {
+      memory.reset();
+      size = 0;
+      void* p = nullptr;
+      if (posix_memalign(&p, 64, wanted * sizeof(Real)) != 0) throw std::bad_alloc();
+      memory.reset(static_cast<Real*>(p));
+      size = wanted;
+    }
+    return memory.get();
+  }
+};
+
+inline Row row_of(const Matrix& m, int64_t i, int64_t skip) {
+  return {m.data + i * m.stride * size_of(m.dtype), m.dtype, skip};
+}
+
+// A row's softmax as its maximum and log-sum-exp give it: log p = (x − anchor)·inverse_temperature − log_z.
+template <class Real>
+struct Softmax {
+  Real anchor, inverse_temperature, log_z;
+};
+
+// ---- one block of terms ----
+
+enum class Keep { nothing, gradient, gradient_and_phi };
+
+// From exponentials e·factor = probability and the logits: the sums of φ and G; kept, p lies over es, G over et, φ in phis.
+template <class D, Keep keep, class Real>
+KD_TARGET __attribute__((noinline)) Term<Real> block_terms(const Real* s, const Real* t, Real* es,
+                                                           Real* et, Real* phis, int64_t n,
+                                                           Softmax<Real> student, Softmax<Real> teacher,
+                                                           Real student_factor, Real teacher_factor,
+                                                           Weights<Real> weights) {
+  Real sum_phi = 0, sum_g = 0;
+#pragma omp simd reduction(+ : sum_phi, sum_g)
+  for (int64_t i = 0; i < n; ++i) {
+    Real p = es[i] * student_factor, q = et[i] * teacher_factor;
+    Real a = (s[i] - student.anchor) * student.inverse_temperature - student.log_z;
+    Real b = (t[i] - teacher.anchor) * teacher.inverse_temperature - teacher.log_z;
+    Term<Real> term = D::term(a, b, p, q, weights);
+    sum_phi += term.phi;
+    if (!D::sum_g_is_zero) sum_g += term.g;
+    if (keep != Keep::nothing) {
+      es[i] = p;
+      et[i] = term.g;
+    }
+    if (keep == Keep::gradient_and_phi) phis[i] = term.phi;
+  }
+  return {sum_phi, sum_g};
+}
+
+template <class Real>
+using BlockTerms = Term<Real> (*)(const Real*, const Real*, Real*, Real*, Real*, int64_t,
+                                  Softmax<Real>, Softmax<Real>, Real, Real, Weights<Real>);
+
+template <Keep keep, class Real>
+BlockTerms<Real> block_terms_of(Divergence divergence) {
+  switch (divergence) {
+    case Divergence::forward_kl:
+    case Divergence::dkd:
+      return block_terms<ForwardKL, keep, Real>;
+    case Divergence::reverse_kl:
+      return block_terms<ReverseKL, keep, Real>;
+    case Divergence::jeffreys:
+      return block_terms<Jeffreys, keep, Real>;
+    case Divergence::jsd:
+      return block_terms<JSD, keep, Real>;
+    case Divergence::skew_forward_kl:
+      return block_terms<SkewForwardKL, keep, Real>;
+    case Divergence::skew_reverse_kl:
+      return block_terms<SkewReverseKL, keep, Real>;
+    case Divergence::alpha:
+      return block_terms<Alpha, keep, Real>;
+    case Divergence::tvd:
+      return block_terms<TotalVariation, keep, Real>;
+    case Divergence::renyi:
+      return block_terms<Renyi, keep, Real>;
+    case Divergence::ab:
+      return block_terms<AlphaBeta, keep, Real>;
+  }
+  return nullptr;
+}
+
+// ---- loops that only distillation_loss needs ----
+
+KD_LOOP Real block_entropy(const Real* x, const Real* e, Softmax<Real> row, Real factor, int64_t n) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    Real log_p = (x[i] - row.anchor) * row.inverse_temperature - row.log_z;
+    sum -= times(e[i] * factor, log_p);
+  }
+  return sum;
+}
+
+KD_LOOP void block_geometric(const Real* s, const Real* t, Softmax<Real> student,
+                             Softmax<Real> teacher, Real order, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    Real a = (s[i] - student.anchor) * student.inverse_temperature - student.log_z;
+    Real b = (t[i] - teacher.anchor) * teacher.inverse_temperature - teacher.log_z;
+    out[i] = geometric(a, b, order);
+  }
+}
+
+// out = x·first + y·second.
+KD_LOOP void combine(const Real* x, Real first, const Real* y, Real second, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * first + y[i] * second;
+}
+
+KD_LOOP void fill(Real* out, Real value, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = value;
+}
+
+// out += e^(x − anchor)·scale − uniform.
+KD_LOOP void add_unit(const Real* x, Real anchor, Real scale, Real uniform, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] += exp2_scaled(x[i] - anchor, log2_e<Real>) * scale - uniform;
+  }
+}
+
+KD_LOOP void add_scaled(const Real* p, Real scale, Real uniform, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] += p[i] * scale - uniform;
+}
+
+// q in out → (φ·phi + G·g − q·sum_h)·scale.
+KD_LOOP void teacher_gradient(const Real* phis, Real phi, const Real* gs, Real g, Real* out, Real sum_h,
+                              Real scale, int64_t n) {
+  if (phi == 0) {  // Rényi: H has no φ in it, which may be infinite
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = (gs[i] * g - out[i] * sum_h) * scale;
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = (phis[i] * phi + gs[i] * g - out[i] * sum_h) * scale;
+}
+
+KD_LOOP void fill_row(const Matrix& matrix, int64_t row, int64_t from) {
+  Real zeros[256];
+  fill(zeros, Real(0), 256);
+  char* data = matrix.data + row * matrix.stride * size_of(matrix.dtype);
+  for (int64_t start = from; start < matrix.columns; start += 256) {
+    int64_t n = matrix.columns - start < 256 ? matrix.columns - start : 256;
+    store(zeros, data, matrix.dtype, start, n);
+  }
+}
+
+// ---- one row ----
+
+template <class Real>
+Real log1p_exp(Real x) {  // log(1 + e^x)
+  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+}
+
+// DKD's binary (label, rest) distributions, from the log-odds of the label in both rows.
+template <class Real>
+struct Binary {
+  Real student_label, teacher_label;  // probabilities
+  Real kl, odds_gradient;             // ∂KL/∂(teacher's log-odds)
+  Binary(Real student_odds, Real teacher_odds) {
+    Real a[2] = {-log1p_exp(-student_odds), -log1p_exp(student_odds)};
+    Real b[2] = {-log1p_exp(-teacher_odds), -log1p_exp(teacher_odds)};
+    student_label = std::exp(a[0]);
+    teacher_label = std::exp(b[0]);
+    kl = 0;
+    for (int k = 0; k < 2; ++k) {
+      kl += kl_term<Real>(std::exp(b[k]), std::exp(a[k]), log_ratio(a[k], b[k]));
+    }
+    odds_gradient = times<Real>(teacher_label * std::exp(b[1]), teacher_odds - student_odds);
+  }
+};
+
+template <class Real>
+class RowKernel {
+ public:
+  explicit RowKernel(const Problem<Real>& problem)
+      : p_(problem), blocks_((problem.vocab + kBlock - 1) / kBlock) {
+    thread_local Scratch<Real> scratch;
+    // An odd number of cache lines between the two rows of exponentials: at multiples of 4 KiB their accesses would alias.
+    int64_t padded = (p_.vocab + 15) / 16 * 16 + 16;
+    Real* memory = scratch.get(2 * padded + 6 * kBlock + 6 * blocks_);
+    auto take = [&memory](int64_t size) {
+      Real* piece = memory;
+      memory += size;
+      return piece;
+    };
+    es_ = take(padded);
+    et_ = take(padded);
+    buffer_s_ = take(kBlock);
+    buffer_t_ = take(kBlock);
+    buffer_unit_ = take(kBlock);
+    phis_ = take(kBlock);
+    out_ = take(kBlock);
+    out_teacher_ = take(kBlock);
+    max_s_ = take(blocks_);
+    sum_s_ = take(blocks_);
+    max_t_ = take(blocks_);
+    sum_t_ = take(blocks_);
+    max_unit_ = take(blocks_);
+    sum_unit_ = take(blocks_);
+  }
+
+  void forward(int64_t i) {
+    begin(i);
+    bool stats_kd = p_.return_stats && (p_.masks[i] & kKdCounts);
+    bool stats_ce = p_.return_stats && (p_.masks[i] & kCeCounts);
+    reads_teacher_ = kd_scale_ != 0 || stats_kd;
+    reads_unit_ = ce_scale_ != 0 || z_scale_ != 0 || stats_ce;
+    if (!reads_teacher_ && !reads_unit_) return masked(i);
+
+    statistics();
+    Real ce = 0, label_log_prob = 0, kd = 0;
+    if (ce_scale_ != 0 || stats_ce) {
+      label_log_prob = logit(full_student_, label_) - unit_.anchor - unit_.log_z;
+      ce = (1 - smoothing_) * -label_log_prob;
+      if (smoothing_ != 0) ce += smoothing_ * (unit_.log_z - mean_logit_);
+    }
+    Real unit_lse = reads_unit_ ? unit_.anchor + unit_.log_z : Real(0);
+    unit_scale_ = ce_scale_ + times(2 * z_scale_, unit_lse);
+    bool one_pass = p_.student_grad.data != nullptr && p_.teacher_grad.data == nullptr;
+    if (stats_kd) entropies();
+    if (reads_teacher_) kd = divergence(one_pass);
+    if (one_pass && !written_) finish_row();
+    if (one_pass) fill_row<Real>(p_.student_grad, i, p_.vocab);
+
+    p_.line(kStudentMax, i) = student_.anchor;
+    p_.line(kStudentLogZ, i) = student_.log_z;
+    p_.line(kTeacherMax, i) = teacher_.anchor;
+    p_.line(kTeacherLogZ, i) = teacher_.log_z;
+    p_.line(kDivergence, i) = divergence_;
+    p_.line(kSumG, i) = effective_ == Divergence::renyi ? weights_.log_b : sum_g_;
+    p_.line(kUnitLogZ, i) = unit_.log_z;
+    p_.totals[i] =
+        times(kd_scale_, kd) + times(ce_scale_, ce) + times(z_scale_, unit_lse * unit_lse);
+    if (p_.return_stats) {
+      Real t2 = p_.t_squared ? temperature_ * temperature_ : Real(1);
+      p_.line(kKd, i) = stats_kd ? kd * t2 : Real(0);
+      p_.line(kCe, i) = stats_ce ? ce : Real(0);
+      p_.line(kStudentEntropy, i) = stats_kd ? student_entropy_ : Real(0);
+      p_.line(kTeacherEntropy, i) = stats_kd ? teacher_entropy_ : Real(0);
+      p_.line(kLabelLogProb, i) = stats_ce ? label_log_prob : Real(0);
+      p_.line(kAgreement, i) =
+          stats_kd && argmax(full_student_) == argmax(full_teacher_) ? Real(1) : Real(0);
+    }
+    if (p_.teacher_grad.data != nullptr) backward(i);
+  }
+
+  // The wanted gradients from the lines that forward left.
+  void backward(int64_t i) {
+    begin(i);
+    reads_teacher_ = kd_scale_ != 0;
+    reads_unit_ = ce_scale_ != 0 || z_scale_ != 0;
+    bool wants_student = p_.student_grad.data != nullptr;
+    bool wants_teacher = p_.teacher_grad.data != nullptr;
+    if (!reads_teacher_ && !reads_unit_) {
+      if (wants_student) fill_row<Real>(p_.student_grad, i, 0);
+      if (wants_teacher) fill_row<Real>(p_.teacher_grad, i, 0);
+      return;
+    }
+    if (p_.upstream != nullptr) upstream_ = p_.upstream[i * p_.upstream_stride];
+    student_.anchor = p_.line(kStudentMax, i);
+    student_.log_z = p_.line(kStudentLogZ, i);
+    teacher_.anchor = p_.line(kTeacherMax, i);
+    teacher_.log_z = p_.line(kTeacherLogZ, i);
+    unit_.anchor = student_.anchor;
+    if (excludes_) {  // only then does the maximum leave a column out
+      Real excluded = logit(full_student_, label_);
+      unit_.anchor = excluded > unit_.anchor ? excluded : unit_.anchor;
+    }
+    unit_.log_z = p_.line(kUnitLogZ, i);
+    unit_scale_ = ce_scale_ + times(2 * z_scale_, unit_.anchor + unit_.log_z);
+    divergence_ = p_.line(kDivergence, i);
+    sum_g_ = p_.line(kSumG, i);
+    if (effective_ == Divergence::renyi) {
+      weights_.log_b = sum_g_;
+      sum_g_ = -1;
+    }
+    Real student_factor = std::exp(-student_.log_z), teacher_factor = std::exp(-teacher_.log_z);
+    auto terms = wants_teacher ? block_terms_of<Keep::gradient_and_phi, Real>(effective_)
+                               : block_terms_of<Keep::gradient, Real>(effective_);
+    for (int64_t start = 0; start < p_.vocab; start += kBlock) {
+      int64_t n = block_size(start);
+      Real p_factor = student_factor;
+      if (reads_teacher_ || unit_is_student_) {
+        const Real* s = load(student_row_, start, n, buffer_s_);
+        exponentials(s, student_.anchor, student_c_, es_, n);
+        if (reads_teacher_) {
+          const Real* t = load(teacher_row_, start, n, buffer_t_);
+          exponentials(t, teacher_.anchor, teacher_c_, et_, n);
+          if (wants_teacher) combine(et_, teacher_factor, et_, Real(0), out_teacher_, n);
+          terms(s, t, es_, et_, phis_, n, student_, teacher_, student_factor, teacher_factor,
+                weights_);
+          p_factor = 1;
+        }
+      }
+      // Both gradients are in buffers before either is stored: in place, a store overwrites what was to be read.
+      if (wants_teacher) teacher_block(start, n);
+      if (wants_student) student_block(start, n, es_, p_factor, et_);
+      if (wants_teacher) {
+        store(out_teacher_, gradient_row(p_.teacher_grad), p_.teacher_grad.dtype, start, n);
+      }
+    }
+    if (wants_student) fill_row<Real>(p_.student_grad, i, p_.vocab);
+    if (wants_teacher) fill_row<Real>(p_.teacher_grad, i, p_.vocab);
+  }
+
+ private:
+  void begin(int64_t i) {
+    i_ = i;
+    kd_scale_ = p_.line(kKdScale, i);
+    ce_scale_ = p_.line(kCeScale, i);
+    z_scale_ = p_.line(kZScale, i);
+    temperature_ = p_.line(kTemperature, i);
+    Real teacher_temperature = p_.line(kTeacherTemperature, i);
+    weights_ = {p_.line(kFirst, i), p_.line(kSecond, i), Real(0)};
+    effective_ = select(p_.divergence, weights_.first);
+    label_ = p_.labels ? p_.labels[i] : -1;
+    excludes_ = p_.divergence == Divergence::dkd;
+    smoothing_ = static_cast<Real>(p_.label_smoothing);
+    upstream_ = 1;
+    student_ = {Real(0), 1 / temperature_, Real(0)};
+    teacher_ = {Real(0), 1 / teacher_temperature, Real(0)};
+    unit_ = {Real(0), Real(1), Real(0)};
+    student_c_ = log2_e<Real> / temperature_;
+    teacher_c_ = log2_e<Real> / teacher_temperature;
+    int64_t skip = excludes_ ? label_ : -1;
+    student_row_ = row_of(p_.student, i, skip);
+    teacher_row_ = row_of(p_.teacher, i, skip);
+    full_student_ = row_of(p_.student, i, -1);
+    full_teacher_ = row_of(p_.teacher, i, -1);
+    unit_is_student_ = temperature_ == 1 && !excludes_;
+    divergence_ = sum_g_ = 0;
+    written_ = false;
+  }
+
+  void masked(int64_t i) {
+    for (int which = 0; which <= kUnitLogZ; ++which) {
+      p_.line(which, i) = 0;
+    }
+    if (p_.return_stats) {
+      for (int which = kLines; which < kLinesWithStats; ++which) p_.line(which, i) = 0;
+    }
+    p_.totals[i] = 0;
+    if (p_.student_grad.data != nullptr) fill_row<Real>(p_.student_grad, i, 0);
+    if (p_.teacher_grad.data != nullptr) fill_row<Real>(p_.teacher_grad, i, 0);
+  }
+
+  int64_t block_size(int64_t start) const {
+    return p_.vocab - start < kBlock ? p_.vocab - start : kBlock;
+  }
+
+  static Real logit(const Row& row, int64_t column) {
+    Real value;
+    return *load(row, column, 1, &value);
+  }
+
+  char* gradient_row(const Matrix& m) const { return m.data + i_ * m.stride * size_of(m.dtype); }
+
+  // What e^(…) of a block is to be multiplied by, where it was taken relative to that block's maximum.
+  static Real rescale(Real block_maximum, Real anchor, Real c) {
+    return block_maximum == -infinity<Real>() ? Real(0) : exp2_scaled(block_maximum - anchor, c);
+  }
+
+  // Anchor and log-sum-exp of a row from its blocks'.
+  void reduce(const Real* maxima, const Real* sums, Real c, Softmax<Real>& row) const {
+    row.anchor = anchored(maximum(maxima, blocks_));
+    double z = 0;
+    for (int64_t k = 0; k < blocks_; ++k) z += sums[k] * rescale(maxima[k], row.anchor, c);
+    row.log_z = static_cast<Real>(std::log(z));
+  }
+
+  // Step 1.
+  void statistics() {
+    double sum = 0;  // of the logits
+    for (int64_t k = 0; k < blocks_; ++k) {
+      int64_t start = k * kBlock, n = block_size(start);
+      const Real* s = load(student_row_, start, n, buffer_s_);
+      max_s_[k] = maximum(s, n);
+      if (reads_teacher_ || unit_is_student_) {
+        sum_s_[k] = exponentials(s, anchored(max_s_[k]), student_c_, es_ + start, n);
+      }
+      if (reads_unit_ && !unit_is_student_) {
+        if (excludes_) s = load(full_student_, start, n, buffer_unit_);
+        max_unit_[k] = excludes_ ? maximum(s, n) : max_s_[k];
+        sum_unit_[k] = sum_of_exponentials(s, anchored(max_unit_[k]), log2_e<Real>, n);
+      }
+      if (reads_unit_ && smoothing_ != 0) {
+        Real anchor = anchored(unit_is_student_ ? max_s_[k] : max_unit_[k]);
+        sum += total(s, anchor, n) + static_cast<double>(n) * anchor;
+      }
+      if (reads_teacher_) {
+        const Real* t = load(teacher_row_, start, n, buffer_t_);
+        max_t_[k] = maximum(t, n);
+        sum_t_[k] = exponentials(t, anchored(max_t_[k]), teacher_c_, et_ + start, n);
+      }
+    }
+    if (reads_teacher_ || unit_is_student_) reduce(max_s_, sum_s_, student_c_, student_);
+    if (reads_teacher_) reduce(max_t_, sum_t_, teacher_c_, teacher_);
+    if (unit_is_student_) unit_ = student_;
+    if (reads_unit_ && !unit_is_student_) {
+      reduce(max_unit_, sum_unit_, log2_e<Real>, unit_);
+      if (!reads_teacher_) student_.anchor = unit_.anchor;  // backward finds the anchor there
+    }
+    mean_logit_ = static_cast<Real>(sum / static_cast<double>(p_.vocab) - unit_.anchor);
+  }
+
+  // Step 2, and step 3 with it where ΣG = 0 is known. Returns the KD term before T².
+  Real divergence(bool one_pass) {
+    if (effective_ == Divergence::renyi) weights_.log_b = log_b();
+    Real value = 0;
+    if (excludes_) {
+      Binary<Real> binary = label_and_rest();
+      value = times(weights_.first, binary.kl);
+      sum_g_ = weights_.first * (binary.student_label - binary.teacher_label);
+    }
+    bool finishes = one_pass && effective_ == Divergence::forward_kl;
+    auto terms = one_pass ? block_terms_of<Keep::gradient, Real>(effective_)
+                          : block_terms_of<Keep::nothing, Real>(effective_);
+    Real inverse_s = std::exp(-student_.log_z), inverse_t = std::exp(-teacher_.log_z);
+    double sum_phi = 0, sum_g = 0;
+    for (int64_t k = 0; k < blocks_; ++k) {
+      int64_t start = k * kBlock, n = block_size(start);
+      Term<Real> sums = terms(load(student_row_, start, n, buffer_s_),
+                              load(teacher_row_, start, n, buffer_t_), es_ + start, et_ + start,
+                              phis_, n, student_, teacher_,
+                              rescale(max_s_[k], student_.anchor, student_c_) * inverse_s,
+                              rescale(max_t_[k], teacher_.anchor, teacher_c_) * inverse_t, weights_);
+      sum_phi += sums.phi;
+      sum_g += sums.g;
+      if (finishes) student_block(start, n, es_ + start, Real(1), et_ + start);
+    }
+    written_ = finishes;
+    divergence_ = static_cast<Real>(sum_phi < 0 ? 0 : sum_phi);
+    if (effective_ == Divergence::renyi) {
+      Real order = weights_.first, log_b = weights_.log_b;
+      // Near B = 1 the digits are in alpha's Bregman sum, far from it in the log-sum-exp.
+      divergence_ = (absolute(log_b) < Real(0.5) ? std::log1p(order * (order - 1) * divergence_)
+                                                 : log_b) /
+                    (order - 1);
+      sum_g_ = -1;
+    } else if (!excludes_) {
+      sum_g_ = static_cast<Real>(sum_g);
+    }
+    return excludes_ ? value + times(weights_.second, divergence_) : divergence_;
+  }
+
+  // Rényi's log Σ q^r p^(1−r).
+  Real log_b() {
+    Real m = -infinity<Real>();
+    double sum = 0;
+    for (int64_t k = 0; k < blocks_; ++k) {
+      int64_t start = k * kBlock, n = block_size(start);
+      block_geometric(load(student_row_, start, n, buffer_s_),
+                      load(teacher_row_, start, n, buffer_t_), student_, teacher_, weights_.first,
+                      out_, n);
+      Real block = maximum(out_, n), next = block > m ? block : m;
+      double scaled = sum_of_exponentials(out_, anchored(next), log2_e<Real>, n);
+      sum = (m == next ? sum : sum * std::exp(static_cast<double>(m) - anchored(next))) + scaled;
+      m = next;
+    }
+    return static_cast<Real>(anchored(m) + std::log(sum));
+  }
+
+  Binary<Real> label_and_rest() const {
+    return Binary<Real>(log_odds(full_student_, student_), log_odds(full_teacher_, teacher_));
+  }
+
+  // log(p_label/p_rest), for a softmax over the rest.
+  Real log_odds(const Row& row, const Softmax<Real>& rest) const {
+    return (logit(row, label_) - rest.anchor) * rest.inverse_temperature - rest.log_z;
+  }
+
+  // Entropies of both rows; for DKD of the whole rows, from the label's odds and the rest.
+  void entropies() {
+    student_entropy_ = entropy(student_row_, es_, max_s_, student_c_, student_, buffer_s_);
+    teacher_entropy_ = entropy(teacher_row_, et_, max_t_, teacher_c_, teacher_, buffer_t_);
+    if (!excludes_) return;
+    student_entropy_ = whole_entropy(log_odds(full_student_, student_), student_entropy_);
+    teacher_entropy_ = whole_entropy(log_odds(full_teacher_, teacher_), teacher_entropy_);
+  }
+
+  Real entropy(const Row& row, const Real* e, const Real* maxima, Real c, const Softmax<Real>& softmax,
+               Real* buffer) const {
+    double sum = 0;
+    Real inverse_z = std::exp(-softmax.log_z);
+    for (int64_t k = 0; k < blocks_; ++k) {
+      int64_t start = k * kBlock, n = block_size(start);
+      sum += block_entropy(load(row, start, n, buffer), e + start, softmax,
+                           rescale(maxima[k], softmax.anchor, c) * inverse_z, n);
+    }
+    return static_cast<Real>(sum);
+  }
+
+  static Real whole_entropy(Real odds, Real rest_entropy) {
+    Real log_label = -log1p_exp(-odds), log_rest = -log1p_exp(odds);
+    Real label = std::exp(log_label), rest = std::exp(log_rest);
+    return -times(label, log_label) - times(rest, log_rest) + times(rest, rest_entropy);
+  }
+
+  // The first column that holds the maximum.
+  int64_t argmax(const Row& row) {
+    Real best = -infinity<Real>();
+    int64_t column = 0;
+    for (int64_t start = 0; start < p_.vocab; start += kBlock) {
+      int64_t n = block_size(start);
+      const Real* x = load(row, start, n, buffer_unit_);
+      Real m = maximum(x, n);
+      if (!(m > best)) continue;
+      best = m;
+      column = start;
+      while (x[column - start] != m) ++column;
+    }
+    return column;
+  }
+
+  // Step 3 for a whole row, from p and G in the scratch.
+  void finish_row() {
+    Real inverse_z = std::exp(-student_.log_z);
+    for (int64_t k = 0; k < blocks_; ++k) {
+      int64_t start = k * kBlock;
+      Real p_factor =
+          reads_teacher_ ? Real(1) : rescale(max_s_[k], student_.anchor, student_c_) * inverse_z;
+      student_block(start, block_size(start), es_ + start, p_factor, et_ + start);
+    }
+  }
+
+  // Step 3 for one block: the student's gradient from p = e·p_factor and G, stored.
+  void student_block(int64_t start, int64_t n, const Real* e, Real p_factor, const Real* g) {
+    bool has_label = label_ >= start && label_ < start + n;
+    if (kd_scale_ != 0) {
+      Real scale = kd_scale_ * upstream_ * student_.inverse_temperature;
+      combine(g, excludes_ ? scale * weights_.second : scale, e, -scale * sum_g_ * p_factor, out_, n);
+      if (excludes_ && has_label) out_[label_ - start] = scale * sum_g_;
+    } else {
+      fill(out_, Real(0), n);
+    }
+    if (ce_scale_ != 0 || z_scale_ != 0) {
+      Real scale = unit_scale_ * upstream_, ce = ce_scale_ * upstream_;
+      Real uniform = ce * smoothing_ / static_cast<Real>(p_.vocab);
+      if (unit_is_student_) {
+        add_scaled(e, scale * p_factor, uniform, out_, n);
+      } else {
+        add_unit(load(full_student_, start, n, buffer_unit_), unit_.anchor,
+                 static_cast<Real>(std::exp(-unit_.log_z)) * scale, uniform, out_, n);
+      }
+      if (ce_scale_ != 0 && has_label) out_[label_ - start] -= ce * (1 - smoothing_);
+    }
+    store(out_, gradient_row(p_.student_grad), p_.student_grad.dtype, start, n);
+  }
+
+  // The teacher's gradient of one block from q (in out_teacher_), φ and G, into out_teacher_.
+  void teacher_block(int64_t start, int64_t n) {
+    if (kd_scale_ == 0) return fill(out_teacher_, Real(0), n);
+    Real scale = kd_scale_ * upstream_ * teacher_.inverse_temperature;
+    Real phi = 1, g = -1, sum_h = divergence_ - sum_g_;  // H = φ·phi + G·g
+    if (effective_ == Divergence::ab) {
+      phi = weights_.first + weights_.second;
+      sum_h = phi * divergence_ - sum_g_;
+    } else if (effective_ == Divergence::renyi) {
+      phi = 0;
+      sum_h = weights_.first / (weights_.first - 1);
+      g = -sum_h;
+    } else if (excludes_) {
+      phi = weights_.second;
+      g = -phi;
+      sum_h = phi * divergence_;
+    }
+    Real at_label = 0;
+    if (excludes_) {
+      at_label = weights_.first * label_and_rest().odds_gradient;
+      sum_h += at_label;
+    }
+    teacher_gradient(phis_, phi, et_, g, out_teacher_, sum_h, scale, n);
+    if (excludes_ && label_ >= start && label_ < start + n) {
+      out_teacher_[label_ - start] = at_label * scale;
+    }
+  }
+
+  const Problem<Real>& p_;
+  const int64_t blocks_;
+  Real *es_, *et_;  // a row each: exponentials, then p and G
+  Real *buffer_s_, *buffer_t_, *buffer_unit_, *phis_, *out_, *out_teacher_;         // a block each
+  Real *max_s_, *sum_s_, *max_t_, *sum_t_, *max_unit_, *sum_unit_;                  // one a block
+  int64_t i_ = 0, label_ = -1;
+  Real kd_scale_ = 0, ce_scale_ = 0, z_scale_ = 0, unit_scale_ = 0, upstream_ = 1;
+  Real temperature_ = 1, student_c_ = 1, teacher_c_ = 1, smoothing_ = 0, mean_logit_ = 0;
+  Real divergence_ = 0, sum_g_ = 0, student_entropy_ = 0, teacher_entropy_ = 0;
+  Weights<Real> weights_{};
+  Divergence effective_ = Divergence::forward_kl;
+  Row student_row_{}, teacher_row_{}, full_student_{}, full_teacher_{};
+  Softmax<Real> student_{}, teacher_{}, unit_{};  // unit: the student at temperature 1, every column
+  bool excludes_ = false, reads_teacher_ = false, reads_unit_ = false;
+  bool unit_is_student_ = false, written_ = false;
+};
+
+template <class Real>
+void forward_rows(const Problem<Real>& problem, int64_t begin, int64_t end) {
+  RowKernel<Real> kernel(problem);
+  for (int64_t i = begin; i < end; ++i) kernel.forward(i);
+}
+
+template <class Real>
+void backward_rows(const Problem<Real>& problem, int64_t begin, int64_t end) {
+  RowKernel<Real> kernel(problem);
+  for (int64_t i = begin; i < end; ++i) kernel.backward(i);
+}
+
+// Rows times a factor each, in place, left alone where it is 1.
+template <class Real>
+void scale_rows(const Matrix& matrix, const Real* factor, int64_t stride, int64_t begin, int64_t end) {
+  Real buffer[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    Real by = factor[i * stride];
+    if (by == 1) continue;
+    Row row = row_of(matrix, i, -1);
+    for (int64_t start = 0; start < matrix.columns; start += kBlock) {
+      int64_t n = matrix.columns - start < kBlock ? matrix.columns - start : kBlock;
+      const Real* x = load(row, start, n, buffer);
+      combine(x, by, x, Real(0), buffer, n);
+      store(buffer, matrix.data + i * matrix.stride * size_of(matrix.dtype), matrix.dtype, start, n);
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels KD_KERNELS;
+const Kernels KD_KERNELS = {
+    forward_rows<float>,   forward_rows<double>, backward_rows<float>,
+    backward_rows<double>, scale_rows<float>,    scale_rows<double>,
+};
+
+}  // namespace kd

@@ -1,0 +1,212 @@
+// One struct per divergence: term(a, b, p, q, w) -> {φ, G}, with a = log p (student), b = log q (teacher), G = p·∂φ/∂p.
+// The formulas, their sources and why φ is written in its Bregman form: kdkernels/divergences.py, which these must agree with.
+//
+// Rows whose parameter sits at an end (jsd β = 0, alpha = 1, …) never get here: `select` below sends them to a KL.
+#pragma once
+
+#include "math.h"
+
+namespace kd {
+
+enum class Divergence {
+  forward_kl,
+  reverse_kl,
+  jeffreys,
+  jsd,
+  skew_forward_kl,
+  skew_reverse_kl,
+  alpha,
+  tvd,
+  renyi,
+  ab,
+  dkd,
+};
+
+constexpr const char* divergence_names[] = {
+    "forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_forward_kl", "skew_reverse_kl",
+    "alpha",      "tvd",        "renyi",    "ab",  "dkd",
+};
+
+template <class Real>
+struct Term {
+  Real phi, g;
+};
+
+// The parameters of a row, and what the terms derive from them.
+template <class Real>
+struct Weights {
+  Real first, second;
+  Real log_b;  // Rényi: log Σ q^r p^(1−r)
+};
+
+template <class Real>
+KD_INLINE Real log_ratio(Real a, Real b) {
+  return a == b ? Real(0) : a - b;  // also where both are −inf
+}
+
+// Zero weight wins over inf and NaN.
+template <class Real>
+KD_INLINE Real times(Real weight, Real x) {
+  return weight == 0 ? Real(0) : weight * x;
+}
+
+// Bregman form of KL(weight‖other), d = log(other/weight).
+template <class Real>
+KD_INLINE Real kl_term(Real weight, Real other, Real d) {
+  Real far = other - weight - times(weight, d);
+  return absolute(d) < Real(0.25) ? weight * expm1_minus(d) : far;
+}
+
+struct ForwardKL {
+  static constexpr bool sum_g_is_zero = true;  // ΣG = Σp − Σq: the gradient needs no sum over the row
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>&) {
+    return {kl_term(q, p, log_ratio(a, b)), p - q};
+  }
+};
+
+struct ReverseKL {
+  static constexpr bool sum_g_is_zero = false;
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>&) {
+    Real d = log_ratio(a, b);
+    return {kl_term(p, q, -d), times(p, d)};
+  }
+};
+
+struct Jeffreys {
+  static constexpr bool sum_g_is_zero = false;
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+    auto forward = ForwardKL::term(a, b, p, q, w), reverse = ReverseKL::term(a, b, p, q, w);
+    Real rest = 1 - w.first;
+    return {times(w.first, forward.phi) + times(rest, reverse.phi),
+            times(w.first, forward.g) + times(rest, reverse.g)};
+  }
+};
+
+// log(p/m) and log(q/m) for m = βq + (1 − β)p, from d = log(p/q) alone: no 0/0, no cancellation at small d.
+template <class Real>
+struct Mixture {
+  Real log_p_m, log_q_m;
+  KD_INLINE Mixture(Real d, Real beta) {
+    Real size = absolute(d);
+    Real log_larger = -log1p((d >= 0 ? beta : 1 - beta) * expm1(-size));
+    Real log_smaller = log_larger - size;
+    log_p_m = d >= 0 ? log_larger : log_smaller;
+    log_q_m = d >= 0 ? log_smaller : log_larger;
+  }
+};
+
+struct JSD {
+  static constexpr bool sum_g_is_zero = false;
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+    Real beta = w.first, rest = 1 - beta;
+    Mixture<Real> m(log_ratio(a, b), beta);
+    Real scale = w.second > 0 ? 1 / (beta * rest) : Real(1);
+    Real g = times(p, m.log_p_m) * (rest * scale);
+    return {g + times(q, m.log_q_m) * (beta * scale), g};
+  }
+};
+
+struct SkewForwardKL {
+  static constexpr bool sum_g_is_zero = false;
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+    Real lam = w.first, rest = 1 - lam;
+    Mixture<Real> m(log_ratio(a, b), lam);
+    Real log_q_m = q == 0 ? -infinity<Real>() : (rest == 0 ? Real(0) : m.log_q_m);
+    return {kl_term(q, lam * q + rest * p, -log_q_m), -rest * times(p, expm1(log_q_m))};
+  }
+};
+
+struct SkewReverseKL {
+  static constexpr bool sum_g_is_zero = false;
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+    Real lam = w.first, rest = 1 - lam;
+    Real log_p_m = rest == 0 ? Real(0) : Mixture<Real>(log_ratio(a, b), rest).log_p_m;
+    return {kl_term(p, rest * q + lam * p, -log_p_m),
+            times(p, log_p_m) - lam * times(p, expm1(log_p_m))};
+  }
+};
+
+// order·b + (1 − order)·a, −inf where both are.
+template <class Real>
+KD_INLINE Real geometric(Real a, Real b, Real order) {
+  return a == b ? a : order * b + (1 - order) * a;
+}
+
+struct Alpha {
+  static constexpr bool sum_g_is_zero = false;
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+    Real alpha = w.first, d = log_ratio(a, b), pi = exp(geometric(a, b, alpha));
+    bool around_q = alpha > Real(0.5);
+    Real weight = around_q ? q : p, other = around_q ? p : q;
+    Real x = around_q ? d : -d, kappa = around_q ? 1 - alpha : alpha;
+    Real near = weight * (expm1_minus(kappa * x) - kappa * expm1_minus(x));
+    Real far = pi - (1 - kappa) * weight - kappa * other;
+    bool small = absolute(d) < Real(0.25) && absolute(kappa * d) < Real(0.25);
+    return {(small ? near : far) / (alpha * (alpha - 1)),
+            (small ? -p * expm1(-alpha * d) : p - pi) / alpha};
+  }
+};
+
+struct TotalVariation {
+  static constexpr bool sum_g_is_zero = false;
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real, Real, Real p, Real q, const Weights<Real>&) {
+    Real half = Real(0.5), difference = p - q;
+    Real sign = difference > 0 ? half : (difference < 0 ? -half : difference);
+    return {half * absolute(difference), p * sign};
+  }
+};
+
+// φ is alpha's; the row turns its sum and log B into D = log B/(r − 1) and ΣG = −1.
+struct Renyi {
+  static constexpr bool sum_g_is_zero = false;
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+    return {Alpha::term(a, b, p, q, w).phi, -exp(geometric(a, b, w.first) - w.log_b)};
+  }
+};
+
+struct AlphaBeta {
+  static constexpr bool sum_g_is_zero = false;
+  template <class Real>
+  static KD_INLINE Term<Real> term(Real a, Real b, Real, Real, const Weights<Real>& w) {
+    Real alpha = w.first, beta = w.second, k = alpha + beta, d = log_ratio(a, b);
+    Real q_k = exp(k * b), p_k = exp(k * a), mixed = exp(alpha * b + beta * a);
+    Real near = q_k / alpha * (expm1_minus(k * d) / k - expm1_minus(beta * d) / beta);
+    Real far = (beta * p_k + alpha * q_k - k * mixed) / (k * alpha * beta);
+    bool small = absolute(k * d) < Real(0.25);
+    return {small ? near : far, (small ? -p_k * expm1(-alpha * d) : p_k - mixed) / alpha};
+  }
+};
+
+// The divergence that a row's parameters really ask for: the KLs at the ends of the others.
+template <class Real>
+KD_INLINE Divergence select(Divergence divergence, Real first) {
+  switch (divergence) {
+    case Divergence::jsd:
+      if (first == 1) return Divergence::reverse_kl;
+      return first == 0 ? Divergence::forward_kl : divergence;
+    case Divergence::skew_forward_kl:
+      return first == 0 ? Divergence::forward_kl : divergence;
+    case Divergence::skew_reverse_kl:
+      return first == 0 ? Divergence::reverse_kl : divergence;
+    case Divergence::alpha:
+      if (first == 0) return Divergence::reverse_kl;
+      return first == 1 ? Divergence::forward_kl : divergence;
+    case Divergence::renyi:
+      return first == 1 ? Divergence::forward_kl : divergence;
+    case Divergence::dkd:
+      return Divergence::forward_kl;
+    default:
+      return divergence;
+  }
+}
+
+}  // namespace kd

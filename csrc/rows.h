@@ -1,0 +1,147 @@
+// Loops over blocks of one row that know nothing about losses. Included once per instruction set, with KD_TARGET defined.
+//
+// A block is 1024 columns: six such float arrays stay in a 32 KiB first-level cache.
+#pragma once
+
+#include "dtype.h"
+#include "math.h"
+
+#if !defined(KD_TARGET)
+#error "define KD_TARGET (see cpu_level.h) before including rows.h"
+#endif
+
+namespace kd {
+
+// One row of logits as it lies in memory. `skip` is a column to be read as −inf, or −1.
+struct Row {
+  const char* data;
+  Dtype dtype;
+  int64_t skip;
+};
+
+constexpr int64_t kBlock = 1024;
+
+// A static template has internal linkage: what is compiled for one instruction set stays in its file.
+#define KD_LOOP template <class Real> static KD_TARGET __attribute__((noinline))
+
+KD_LOOP void convert(const float* x, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Real>(x[i]);
+}
+KD_LOOP void convert(const double* x, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Real>(x[i]);
+}
+KD_LOOP void convert_bfloat16(const uint16_t* x, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Real>(from_bfloat16(x[i]));
+}
+KD_LOOP void convert_float16(const uint16_t* x, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Real>(from_float16(x[i]));
+}
+
+KD_INLINE const float* same_type(const Row& row, int64_t start, float) {
+  return row.dtype == Dtype::float32 ? reinterpret_cast<const float*>(row.data) + start : nullptr;
+}
+KD_INLINE const double* same_type(const Row& row, int64_t start, double) {
+  return row.dtype == Dtype::float64 ? reinterpret_cast<const double*>(row.data) + start : nullptr;
+}
+
+// n columns from `start` as Real: the row itself where it already is of that type, else converted into `buffer`.
+KD_LOOP const Real* load(const Row& row, int64_t start, int64_t n, Real* buffer) {
+  const Real* direct = same_type(row, start, Real());
+  bool skips = row.skip >= start && row.skip < start + n;
+  if (direct != nullptr && !skips) return direct;
+  switch (row.dtype) {
+    case Dtype::float64:
+      convert(reinterpret_cast<const double*>(row.data) + start, buffer, n);
+      break;
+    case Dtype::float32:
+      convert(reinterpret_cast<const float*>(row.data) + start, buffer, n);
+      break;
+    case Dtype::bfloat16:
+      convert_bfloat16(reinterpret_cast<const uint16_t*>(row.data) + start, buffer, n);
+      break;
+    case Dtype::float16:
+      convert_float16(reinterpret_cast<const uint16_t*>(row.data) + start, buffer, n);
+      break;
+  }
+  if (skips) buffer[row.skip - start] = -infinity<Real>();
+  return buffer;
+}
+
+KD_LOOP void store(const Real* x, char* data, Dtype dtype, int64_t start, int64_t n) {
+  switch (dtype) {
+    case Dtype::float64: {
+      double* out = reinterpret_cast<double*>(data) + start;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(x[i]);
+      break;
+    }
+    case Dtype::float32: {
+      float* out = reinterpret_cast<float*>(data) + start;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(x[i]);
+      break;
+    }
+    case Dtype::bfloat16: {
+      uint16_t* out = reinterpret_cast<uint16_t*>(data) + start;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(static_cast<float>(x[i]));
+      break;
+    }
+    case Dtype::float16: {
+      uint16_t* out = reinterpret_cast<uint16_t*>(data) + start;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) out[i] = to_float16(static_cast<float>(x[i]));
+      break;
+    }
+  }
+}
+
+KD_LOOP Real maximum(const Real* x, int64_t n) {
+  Real m = -infinity<Real>();
+#pragma omp simd reduction(max : m)
+  for (int64_t i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+KD_LOOP Real total(const Real* x, Real anchor, int64_t n) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] - anchor;
+  return sum;
+}
+
+// out[i] = 2^((x[i] − anchor)·c), returning their sum. The subtraction comes first: it is exact where it matters, while a
+// rounded anchor·c would cost digits as soon as the logits carry an offset.
+KD_LOOP Real exponentials(const Real* x, Real anchor, Real c, Real* out, int64_t n) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    Real e = exp2_scaled(x[i] - anchor, c);
+    out[i] = e;
+    sum += e;
+  }
+  return sum;
+}
+
+KD_LOOP Real sum_of_exponentials(const Real* x, Real anchor, Real c, int64_t n) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp2_scaled(x[i] - anchor, c);
+  return sum;
+}
+
+template <class Real>
+constexpr Real log2_e = Real(1.4426950408889634);
+
+// What is subtracted from a row before its exponentials: its maximum, or 0 where every column is −inf, so that such a row
+// becomes NaN by 0/0, as a softmax does.
+template <class Real>
+KD_INLINE Real anchored(Real maximum) {
+  return maximum == -infinity<Real>() ? Real(0) : maximum;
+}
+
+}  // namespace kd

@@ -1,0 +1,569 @@
+"""distillation_loss: any divergence between teacher and student logits, hard labels and z-loss, in one sweep.
+
+Per row (one token), with p = softmax(student/τs), q = softmax(teacher/τt), L = log Σ exp(student):
+
+    KD = D(p, q)·(τs² if t_squared)      CE = L − (1 − ε)·s_label − ε·mean(s)      Z = L²
+
+    loss = kd_weight·KD + ce_weight·CE + z_loss_weight·Z        (weighted, masked and reduced: see the function)
+
+    ∂D/∂s = (G − p·ΣG)/τs      ∂D/∂t = (H − q·ΣH)/τt            (G, H: kdkernels.divergences)
+
+The forward reads both rows once and keeps fourteen numbers a row (``reference.ROWS``); the backward reads them once more and
+writes the gradient with the upstream factor in it. ``reference.py`` is the same in plain torch, csrc/distillation_loss in C++.
+"""
+
+import inspect
+import math
+from collections import namedtuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...divergences import Divergence, Parameter, resolve
+from .. import _backend
+from . import reference
+
+_FORWARD = (
+    "{student}, Tensor teacher, Tensor? labels, Tensor? token_weights, str divergence, "
+    "float first, Tensor? first_tensor, float second, Tensor? second_tensor, "
+    "float temperature, Tensor? temperature_tensor, "
+    "float teacher_temperature, Tensor? teacher_temperature_tensor, "
+    "float kd_weight, Tensor? kd_weight_tensor, float ce_weight, Tensor? ce_weight_tensor, "
+    "float z_loss_weight, Tensor? z_loss_weight_tensor, "
+    "float? normalizer, Tensor? normalizer_tensor, bool t_squared, float label_smoothing, "
+    "int ignore_index, bool mask_kd, int vocab_size, str reduction, bool return_stats"
+)
+SCHEMAS = {
+    "distillation_loss": f"({_FORWARD.format(student='Tensor student')}) -> (Tensor, Tensor)",
+    "distillation_loss_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor rows, Tensor? labels, "
+    "str divergence, float label_smoothing, int vocab_size, bool student_grad, bool teacher_grad) -> (Tensor, Tensor)",
+    "distillation_loss_and_grad": f"({_FORWARD.format(student='Tensor student')}, bool teacher_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "distillation_loss_and_grad_": f"({_FORWARD.format(student='Tensor(a!) student')}, bool teacher_grad) "
+    "-> (Tensor, Tensor, Tensor)",
+    "scale_rows_": "(Tensor(a!) grad, Tensor factor) -> ()",
+}
+_backend.define(SCHEMAS, reference)
+
+# What the ops take after the two logits, by name.
+_Options = namedtuple("_Options", [argument.split()[-1] for argument in _FORWARD.split(", ")[2:]])
+
+REDUCTIONS = ("batchmean", "sum", "none", "mean")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class DistillationStats(NamedTuple):
+    """What the sweep saw of every token: leading shape, float32 (float64 for float64 logits), without gradient, 0 where masked."""
+
+    kd: Tensor  # divergence, with T² where t_squared
+    ce: Tensor  # cross-entropy of the label at temperature 1, label smoothing included; 0 without labels
+    student_entropy: Tensor  # nats, at the temperature used
+    teacher_entropy: Tensor
+    label_log_prob: Tensor  # the student's, at temperature 1
+    top1_agreement: Tensor  # 1 where both rows have their (first) maximum in the same column
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: Parameter = 1.0,
+    teacher_temperature: Parameter | None = None,
+    t_squared: bool = True,
+    kd_weight: Parameter = 1.0,
+    ce_weight: Parameter = 0.0,
+    z_loss_weight: Parameter = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask_kd: bool = True,
+    token_weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "batchmean",
+    normalizer: float | Tensor | None = None,
+    teacher_grad: bool = False,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, DistillationStats]:
+    """Distillation loss between two sets of logits, with hard-label cross-entropy and z-loss in the same sweep.
+
+    Args:
+        student_logits: (..., V) float64, float32, bfloat16 or float16; any leading shape (N tokens in all) and row stride.
+        teacher_logits: (..., V) of the same shape; its dtype may differ.
+        labels: (...) integer column numbers, or ``ignore_index``; not shifted. Needed for ``ce_weight`` and DKD.
+        divergence: a name in ``kdkernels.divergences.DIVERGENCES`` or an object made by one of those functions.
+        temperature: τs > 0 divides the student's logits. A float, a 0-d tensor, or one value a token (leading shape).
+        teacher_temperature: τt > 0 for the teacher's; default τs.
+        t_squared: multiply the KD term, value and gradient, by τs² (Hinton et al. 2015, section 2).
+        kd_weight, ce_weight, z_loss_weight: weights of the three terms: float, 0-d tensor or one value a token.
+        label_smoothing: ε in [0, 1], as in ``torch.nn.functional.cross_entropy``.
+        ignore_index: label of a token without a label.
+        mask_kd: True: such a token counts in no term (prompt tokens). False: it loses the label term only (unlabelled data).
+        token_weights: (...) non-negative weight of each token in every term; 0 masks it.
+        vocab_size: true number of columns where the logits are padded; padding is not read and gets gradient 0.
+        reduction: "batchmean": KD and z-loss over the sum of their tokens' weights, CE over its own; "sum"; "none": one
+            loss a token, undivided; "mean": as batchmean with KD divided by V too, as torch means "mean".
+        normalizer: replaces both denominators of batchmean and mean (``num_items_in_batch``): number or 0-d tensor.
+        teacher_grad: also give the teacher its gradient (mutual and online distillation); else it is detached.
+        inplace: write the gradient over ``student_logits``, which must not be read afterwards (PyTorch's version counter
+            catches whoever saved them). Not for leaf tensors; one backward only. Untouched where no gradient is needed.
+        return_stats: also return ``DistillationStats`` of the same sweep.
+        backend: None chooses (``kdkernels.explain``); "cpp" or "reference" serves the call or raises.
+
+    Returns:
+        The loss, 0-d or of the leading shape under "none": float32, float64 where an input is. With ``return_stats``
+        (loss, DistillationStats). All tokens masked: 0, with a graph and gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, range or combination, named.
+        IndexError: a label that is neither a column nor ``ignore_index``; on the CPU, before anything is written. The check
+            reads the N labels once in the op itself. (RuntimeError with the same text inside a compiled graph.)
+        RuntimeError: a backend that cannot serve the call; a second backward after ``inplace``.
+        NotImplementedError: double backward.
+
+    A divergence may be +inf where the mathematics is: forward KL where only the student is −inf (its gradient stays finite),
+    reverse KL and Jeffreys where only the teacher is (gradient NaN in that row alone). JSD, skew, TVD and alpha in (0, 1) never.
+    Temperatures, parameters and weights given as tensors are not read on the host: one out of range makes its row NaN.
+    Every row is computed alone and in a fixed order: bitwise the same whatever rows are beside it and on any number of threads.
+    """
+    call = _prepare(
+        student_logits,
+        teacher_logits,
+        labels,
+        divergence=divergence,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        t_squared=t_squared,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        z_loss_weight=z_loss_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        mask_kd=mask_kd,
+        token_weights=token_weights,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        normalizer=normalizer,
+        teacher_grad=teacher_grad,
+        inplace=inplace,
+        return_stats=return_stats,
+        backend=backend,
+    )
+    with_grad = torch.is_grad_enabled()
+    if with_grad and inplace and call.student.requires_grad:
+        if student_logits.is_leaf:
+            raise RuntimeError(
+                "inplace=True would overwrite student_logits, a leaf tensor that requires grad; "
+                "accepted: the output of a model, or inplace=False"
+            )
+        loss, rows = _InPlace.apply(call.student, call.teacher, call.backend, *call.options)
+    elif with_grad and (call.student.requires_grad or call.teacher.requires_grad):
+        loss, rows = _Default.apply(call.student, call.teacher, call.backend, *call.options)
+    else:
+        loss, rows = _run(
+            call.backend, "distillation_loss", call.student, call.teacher, *call.options
+        )
+    loss = loss.reshape(call.leading) if reduction == "none" else loss
+    return (loss, _stats(rows, call.leading)) if return_stats else loss
+
+
+def distillation_loss_and_grad(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options: Any
+) -> tuple:
+    """Loss and gradient together, each logit read once, for people who run their own backward.
+
+    Takes what ``distillation_loss`` takes and raises what it raises. No autograd: the inputs need not require grad and the
+    results do not. Under ``reduction="none"`` the gradient is that of the sum. With ``inplace=True`` the student's gradient
+    is written over ``student_logits``, which is returned.
+
+    Returns:
+        (loss, student_grad), then the teacher's gradient with ``teacher_grad=True``, then DistillationStats with
+        ``return_stats=True``. Gradients have their logits' shape and dtype.
+    """
+    with torch.no_grad():
+        call = _prepare(student_logits.detach(), teacher_logits.detach(), labels, **options)
+        if options.get("inplace", False):
+            loss, rows, teacher_grad = _run(
+                call.backend,
+                "distillation_loss_and_grad_",
+                call.student,
+                call.teacher,
+                *call.options,
+                call.teacher_grad,
+            )
+            torch.autograd.graph.increment_version(student_logits)
+            student_grad = student_logits.detach()
+        else:
+            loss, rows, student_grad, teacher_grad = _run(
+                call.backend,
+                "distillation_loss_and_grad",
+                call.student,
+                call.teacher,
+                *call.options,
+                call.teacher_grad,
+            )
+        results = [
+            loss.reshape(call.leading) if options.get("reduction") == "none" else loss,
+            student_grad.reshape(student_logits.shape),
+        ]
+        if call.teacher_grad:
+            results.append(teacher_grad.reshape(teacher_logits.shape))
+        if options.get("return_stats", False):
+            results.append(_stats(rows, call.leading))
+        return tuple(results)
+
+
+distillation_loss_and_grad.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    distillation_loss
+).replace(return_annotation=tuple)
+
+
+class DistillationLoss(nn.Module):
+    """``distillation_loss`` with its options stored; see there for every one of them.
+
+    ``DistillationLoss(temperature=2.0)(student_logits, teacher_logits, labels)``. Options given to the call (the tensors of
+    one batch: token_weights, normalizer, a scheduled temperature) take the place of stored ones.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        accepted = [*inspect.signature(distillation_loss).parameters][3:]
+        for name in options:
+            if name not in accepted:
+                raise TypeError(
+                    f"DistillationLoss got {name!r}; accepted: {', '.join(accepted)}"
+                )
+        if "divergence" in options:
+            resolve(options["divergence"])
+        self.options = options
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, DistillationStats]:
+        return distillation_loss(
+            student_logits, teacher_logits, labels, **{**self.options, **options}
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def explain(student_logits: Tensor, backend: str | None = None) -> str:
+    """The backend that a call with these student logits would use, and why, without running anything."""
+    name, why = _backend.choose(backend, student_logits.device)
+    return f"{name}: {why}"
+
+
+class _Call(NamedTuple):
+    student: Tensor  # (N, columns), a view of the caller's where inplace
+    teacher: Tensor  # (N, columns), detached unless teacher_grad
+    backend: str
+    options: tuple  # the rest of the ops' forward arguments, in the order of the schema
+    leading: torch.Size
+    teacher_grad: bool
+
+
+def _prepare(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: Parameter = 1.0,
+    teacher_temperature: Parameter | None = None,
+    t_squared: bool = True,
+    kd_weight: Parameter = 1.0,
+    ce_weight: Parameter = 0.0,
+    z_loss_weight: Parameter = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask_kd: bool = True,
+    token_weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "batchmean",
+    normalizer: float | Tensor | None = None,
+    teacher_grad: bool = False,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> _Call:
+    """Checks every argument and turns it into what the ops take."""
+    _check_logits(student_logits, teacher_logits)
+    chosen, _ = _backend.choose(backend, student_logits.device)
+    leading, columns = student_logits.shape[:-1], student_logits.shape[-1]
+    if vocab_size is None:
+        vocab_size = columns
+    elif not 1 <= vocab_size <= columns:
+        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the {columns} columns given")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r}; accepted: {', '.join(REDUCTIONS)}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing}; accepted: [0, 1]")
+    if normalizer is not None and reduction not in ("batchmean", "mean"):
+        raise ValueError(
+            f"normalizer with reduction={reduction!r}; accepted: reduction='batchmean' or 'mean'"
+        )
+    member = resolve(divergence)
+    if labels is None:
+        if not isinstance(ce_weight, Tensor) and ce_weight == 0 and member.name != "dkd":
+            pass_labels = None
+        else:
+            needs = "divergence='dkd'" if member.name == "dkd" else f"ce_weight={ce_weight}"
+            raise ValueError(f"labels is None with {needs}; accepted: labels of shape {tuple(leading)}")
+    else:
+        _check_shape("labels", labels, leading, student_logits.device)
+        if labels.dtype not in _INTEGERS:
+            raise TypeError(f"labels has dtype {labels.dtype}; accepted: integer dtypes")
+        pass_labels = labels.reshape(-1).to(torch.int64)
+    if member.name == "dkd" and not mask_kd:
+        raise ValueError("mask_kd=False with divergence='dkd', which needs a label in every row")
+
+    compute = reference.compute_dtype(student_logits, teacher_logits)
+    rest = (leading, student_logits.device, compute)
+    if token_weights is not None:
+        if not isinstance(token_weights, Tensor):
+            raise TypeError(f"token_weights is a {type(token_weights).__name__}; accepted: Tensor")
+        _check_shape("token_weights", token_weights, leading, student_logits.device)
+        if token_weights.requires_grad:
+            raise ValueError("token_weights requires grad; accepted: tensors without gradient")
+        token_weights = token_weights.reshape(-1).to(compute)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    normalizer_pair: tuple[float | None, Tensor | None] = (None, None)
+    if normalizer is not None:
+        normalizer_pair = _pair("normalizer", normalizer, torch.Size(()), *rest[1:])
+    options = (
+        pass_labels,
+        token_weights,
+        member.name,
+        *_pair(f"{member.name}'s first parameter", member.first, *rest),
+        *_pair(f"{member.name}'s second parameter", member.second, *rest),
+        *_pair("temperature", temperature, *rest, positive=True),
+        *_pair("teacher_temperature", teacher_temperature, *rest, positive=True),
+        *_pair("kd_weight", kd_weight, *rest),
+        *_pair("ce_weight", ce_weight, *rest),
+        *_pair("z_loss_weight", z_loss_weight, *rest),
+        *normalizer_pair,
+        t_squared,
+        float(label_smoothing),
+        ignore_index,
+        mask_kd,
+        vocab_size,
+        reduction,
+        return_stats,
+    )
+    if not teacher_grad:
+        teacher_logits = teacher_logits.detach()
+    student = _two_dimensional(student_logits, columns)
+    if inplace:
+        if student.data_ptr() != student_logits.data_ptr() or 0 in student.stride():
+            raise ValueError(
+                f"inplace=True with student_logits of strides {student_logits.stride()}, whose rows cannot be "
+                "written as they lie; accepted: columns of stride 1 and leading dimensions that flatten"
+            )
+    if chosen == "reference" and pass_labels is not None:
+        _check_labels(pass_labels, ignore_index, vocab_size)
+    return _Call(
+        student, _two_dimensional(teacher_logits, columns), chosen, options, leading, teacher_grad
+    )
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} is a {type(logits).__name__}; accepted: Tensor")
+        if logits.dtype not in FLOATS:
+            accepted = ", ".join(str(dtype) for dtype in FLOATS)
+            raise TypeError(f"{name} has dtype {logits.dtype}; accepted: {accepted}")
+    if student.dim() < 1 or student.shape[-1] == 0:
+        raise ValueError(
+            f"student_logits has shape {tuple(student.shape)}; accepted: (..., V) with V >= 1"
+        )
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_logits has shape {tuple(teacher.shape)}; accepted: student_logits' "
+            f"{tuple(student.shape)} (pad or slice the wider vocabulary, see vocab_size)"
+        )
+    if teacher.device != student.device:
+        raise ValueError(
+            f"teacher_logits is on {teacher.device}; accepted: student_logits' device {student.device}"
+        )
+
+
+def _check_shape(name: str, value: Tensor, leading: torch.Size, device: torch.device) -> None:
+    if value.shape != leading:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: {tuple(leading)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; accepted: the logits' device {device}")
+
+
+def _check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """IndexError for the reference on the CPU; elsewhere such a row's loss is NaN, since the host must not wait."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise IndexError(label_error(row, int(labels[row]), ignore_index, vocab_size))
+
+
+def label_error(row: int, label: int, ignore_index: int, vocab_size: int) -> str:
+    return (
+        f"labels[{row}] is {label}; accepted: 0 to {vocab_size - 1}, or ignore_index {ignore_index}"
+    )
+
+
+def _pair(
+    name: str,
+    value: Parameter,
+    leading: torch.Size,
+    device: torch.device,
+    compute: torch.dtype,
+    positive: bool = False,
+) -> tuple[float, Tensor | None]:
+    """(number, None) or (0, tensor of 1 or N values): what the schemas take for an option that may be either."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is a {type(value).__name__}; accepted: float or Tensor")
+        if not math.isfinite(value) or (positive and value <= 0):
+            accepted = "a finite float" + (" > 0" if positive else "")
+            raise ValueError(f"{name}={value}; accepted: {accepted}, or a Tensor")
+        return float(value), None
+    if value.dim() and value.shape != leading:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; accepted: a float, (), or {tuple(leading)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; accepted: the logits' device {device}")
+    if value.requires_grad:
+        raise ValueError(f"{name} requires grad; accepted: a float, or a tensor without gradient")
+    return 0.0, value.reshape(-1).to(compute)
+
+
+def _two_dimensional(logits: Tensor, columns: int) -> Tensor:
+    """(N, columns) with columns of stride 1: a view wherever the strides allow one."""
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, columns)
+    return rows if columns == 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _run(backend: str, op: str, *args: Any) -> Any:
+    try:
+        return getattr(_backend.implementation(backend, reference), op)(*args)
+    except RuntimeError as error:
+        if "labels[" in str(error):  # the stable C++ interface knows no other exception
+            raise IndexError(str(error)) from None
+        raise
+
+
+def _stats(rows: Tensor, leading: torch.Size) -> DistillationStats:
+    lines = rows.detach()[len(reference.ROWS) :]
+    return DistillationStats(*(line.reshape(leading) for line in lines))
+
+
+class _Default(torch.autograd.Function):
+    """Keeps the logits and their row statistics; the backward reads the logits once more."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, backend, *values):
+        options = _Options(*values)
+        loss, rows = _run(backend, "distillation_loss", student, teacher, *options)
+        ctx.save_for_backward(student, teacher, rows, options.labels)
+        ctx.backend = backend
+        ctx.arguments = (options.divergence, options.label_smoothing, options.vocab_size)
+        ctx.mark_non_differentiable(rows)
+        ctx.set_materialize_grads(False)
+        return loss, rows
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * (3 + len(_Options._fields))
+        student, teacher, rows, labels = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _run(
+                ctx.backend,
+                "distillation_loss_backward",
+                grad_loss.to(rows.dtype),
+                student,
+                teacher,
+                rows,
+                labels,
+                *ctx.arguments,
+                *ctx.needs_input_grad[:2],
+            )
+        return _hand_over(ctx, grads, grad_loss, student, teacher)
+
+
+class _InPlace(torch.autograd.Function):
+    """Writes the gradient over the student's logits in the forward; the backward hands it on."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, backend, *values):
+        options = _Options(*values)
+        loss, rows, teacher_grad = _run(
+            backend,
+            "distillation_loss_and_grad_",
+            student,
+            teacher,
+            *options,
+            ctx.needs_input_grad[1],
+        )
+        # Whoever else saved these logits must get PyTorch's own error. Not mark_dirty: it loses the gradient where the
+        # logits are a compiled graph's input.
+        torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(student.detach(), teacher_grad, teacher)
+        ctx.backend, ctx.spent = backend, False
+        ctx.mark_non_differentiable(rows)
+        ctx.set_materialize_grads(False)
+        return loss, rows
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * (3 + len(_Options._fields))
+        if ctx.spent:
+            raise RuntimeError(
+                "second backward through distillation_loss(inplace=True): its gradient was handed on by the first; "
+                "accepted: inplace=False where a graph is walked twice"
+            )
+        ctx.spent = True
+        student_grad, teacher_grad, teacher = ctx.saved_tensors
+        with torch.no_grad():
+            for grad, needed in zip((student_grad, teacher_grad), ctx.needs_input_grad, strict=False):
+                if needed:
+                    _run(ctx.backend, "scale_rows_", grad, grad_loss)
+        return _hand_over(ctx, (student_grad, teacher_grad), grad_loss, teacher)
+
+
+def _hand_over(ctx, grads, *differentiable):
+    """The gradients of a backward, guarded where somebody wants to differentiate them again."""
+    wanted = [
+        grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)
+    ]
+    if torch.is_grad_enabled():
+        wanted = [_NoDoubleBackward.apply(g, *differentiable) if g is not None else g for g in wanted]
+    return *wanted, None, *(None,) * len(_Options._fields)
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    """Identity whose backward raises: a gradient penalty must fail by name, not be dropped in silence."""
+
+    @staticmethod
+    def forward(ctx, grad, *differentiable):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "double backward through a kdkernels op is not implemented; accepted: first derivatives"
+        )

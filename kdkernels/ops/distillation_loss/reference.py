@@ -1,0 +1,365 @@
+"""Plain torch implementation of the distillation_loss ops: any device, any dtype, exact in float64.
+
+The same signatures and outputs as the compiled ops; oracle for them, fallback where nothing is compiled, and their fake
+kernels. It stores a dozen N×V temporaries and is meant to be read.
+
+``rows`` is what a forward leaves for its backward: one line of N numbers for each name below, float32 (float64 where a
+row is float64). A row whose three scales are 0 is masked: its logits are never looked at again.
+"""
+
+import torch
+from torch import Tensor
+
+from ...divergences import TERMS, allowed, geometric
+
+# One line of `rows` each. csrc/distillation_loss/rows.h has the same list; a test compares them.
+ROWS = (
+    "student_max",  # largest logit
+    "student_log_z",  # log Σ exp((s − max)/τs): the log-sum-exp, less max/τs, so that large offsets cost no digits
+    "teacher_max",
+    "teacher_log_z",
+    "divergence",  # D, before T²
+    "sum_g",  # ΣG; for Rényi log B
+    "unit_log_z",  # log Σ exp(s − max) at temperature 1, over every column
+    "kd_scale",  # what multiplies D in the loss: kd_weight·T²·weight/normaliser, 0 where masked
+    "ce_scale",
+    "z_scale",
+    "temperature",
+    "teacher_temperature",
+    "first",
+    "second",
+)
+STATS = (
+    "kd",
+    "ce",
+    "student_entropy",
+    "teacher_entropy",
+    "label_log_prob",
+    "top1_agreement",
+)
+
+
+def distillation_loss(*args) -> tuple[Tensor, Tensor]:
+    """(loss, rows) for the schema in this folder's __init__.py."""
+    loss, rows, _ = _forward(*args)
+    return loss, rows
+
+
+def distillation_loss_and_grad(
+    student: Tensor, teacher: Tensor, *args
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, rows, student_grad, teacher_grad), teacher_grad empty unless asked for (the last argument)."""
+    *options, teacher_grad = args
+    loss, rows, (labels, divergence, label_smoothing, vocab_size) = _forward(
+        student, teacher, *options
+    )
+    one = torch.ones((), dtype=rows.dtype, device=rows.device)
+    grads = distillation_loss_backward(
+        one, student, teacher, rows, labels, divergence, label_smoothing, vocab_size, True, teacher_grad
+    )
+    return loss, rows, *grads
+
+
+def distillation_loss_and_grad_(
+    student: Tensor, teacher: Tensor, *args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, rows, teacher_grad); the student's gradient is written over its logits."""
+    loss, rows, student_grad, teacher_grad = distillation_loss_and_grad(student, teacher, *args)
+    student.copy_(student_grad)
+    return loss, rows, teacher_grad
+
+
+def scale_rows_(grad: Tensor, factor: Tensor) -> None:
+    """Multiply each row of grad (N, V) in place by factor, () or (N,)."""
+    grad.copy_(grad * factor.reshape(-1, 1).to(torch.promote_types(grad.dtype, torch.float32)))
+
+
+def distillation_loss_backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    labels: Tensor | None,
+    divergence: str,
+    label_smoothing: float,
+    vocab_size: int,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(student_grad, teacher_grad), each (N, columns given) in its input's dtype, or empty where not asked for."""
+    n, v = student.shape[0], vocab_size
+    line = dict(zip(ROWS, rows, strict=False))
+    upstream = grad_loss.to(rows.dtype).expand(n)
+
+    def coefficient(name: str) -> Tensor:
+        return torch.where(line[name] == 0, 0.0, line[name] * upstream)[:, None]
+
+    kd, ce, z = coefficient("kd_scale"), coefficient("ce_scale"), coefficient("z_scale")
+    use_kd = line["kd_scale"][:, None] != 0
+    use_unit = (line["ce_scale"][:, None] != 0) | (line["z_scale"][:, None] != 0)
+    s = torch.where(use_kd | use_unit, student[:, :v].to(rows.dtype), 0.0)
+    t = torch.where(use_kd, teacher[:, :v].to(rows.dtype), 0.0)
+    ts, tt = line["temperature"][:, None], line["teacher_temperature"][:, None]
+    first, second = line["first"][:, None], line["second"][:, None]
+    exclude = divergence == "dkd"
+    row = _Row(s, t, line["temperature"], line["teacher_temperature"], labels, exclude)
+
+    phi, g = TERMS[divergence](row.a, row.b, row.p, row.q, first, second)
+    sum_g, d = line["sum_g"][:, None], line["divergence"][:, None]
+    degree = first + second if divergence == "ab" else 1.0
+    h, sum_h = degree * phi - g, degree * d - sum_g
+    if divergence == "renyi":
+        tilted = torch.exp(geometric(row.a, row.b, first) - sum_g)
+        limit = first == 1
+        factor = first / (first - 1)
+        g, sum_g = torch.where(limit, g, -tilted), torch.where(limit, 0.0, -1.0)
+        h, sum_h = torch.where(limit, h, factor * tilted), torch.where(limit, d, factor)
+    if exclude:
+        g, h, sum_h = second * g, second * (phi - g), second * d
+        odds = first * (row.teacher_odds - row.student_odds) * row.teacher_label_prob
+        binary_h = torch.where(row.teacher_label_prob == 0, 0.0, odds * row.teacher_rest_prob)
+        at_label = row.at_label
+        g = torch.where(at_label, sum_g, g)  # p and q are 0 there
+        h, sum_h = torch.where(at_label, binary_h, h), sum_h + binary_h
+
+    unit = torch.zeros_like(s)
+    if v:
+        unit_max = s.amax(1, keepdim=True)
+        p1 = torch.exp(s - unit_max - line["unit_log_z"][:, None])
+        unit_lse = unit_max + line["unit_log_z"][:, None]
+        unit = torch.where(use_unit, ce * p1 + 2 * z * unit_lse * p1, 0.0)
+        if labels is not None:
+            target = (1 - label_smoothing) * _one_hot(labels, s) + label_smoothing / v
+            unit = unit - torch.where(ce == 0, 0.0, ce * target)
+
+    def finish(gradient: Tensor, like: Tensor) -> Tensor:
+        return torch.nn.functional.pad(gradient.to(like.dtype), (0, like.shape[1] - v))
+
+    empty = student.new_empty(0)
+    gs = gt = empty
+    if student_grad:
+        gs = finish(torch.where(use_kd, kd / ts * (g - row.p * sum_g), 0.0) + unit, student)
+    if teacher_grad:
+        gt = finish(torch.where(use_kd, kd / tt * (h - row.q * sum_h), 0.0), teacher)
+    return gs, gt
+
+
+class _Row:
+    """Log-probabilities of both rows and what is derived from them; without the label's column for DKD."""
+
+    def __init__(
+        self, s: Tensor, t: Tensor, ts: Tensor, tt: Tensor, labels: Tensor | None, exclude: bool
+    ):
+        self.student_max_all, _ = _log_z(s, 1.0)
+        if exclude:
+            assert labels is not None
+            self.at_label = _one_hot(labels, s) > 0
+            label_s, label_t = _take(s, labels), _take(t, labels)
+            s, t = s.masked_fill(self.at_label, -torch.inf), t.masked_fill(self.at_label, -torch.inf)
+        self.student_max, self.student_log_z = _log_z(s, ts[:, None])
+        self.teacher_max, self.teacher_log_z = _log_z(t, tt[:, None])
+        self.a = (s - self.student_max[:, None]) / ts[:, None] - self.student_log_z[:, None]
+        self.b = (t - self.teacher_max[:, None]) / tt[:, None] - self.teacher_log_z[:, None]
+        if exclude:
+            self.a, self.b = (x.masked_fill(self.at_label, -torch.inf) for x in (self.a, self.b))
+            self.student_odds = ((label_s - self.student_max) / ts - self.student_log_z)[:, None]
+            self.teacher_odds = ((label_t - self.teacher_max) / tt - self.teacher_log_z)[:, None]
+            self.student_label_prob = torch.sigmoid(self.student_odds)
+            self.teacher_label_prob = torch.sigmoid(self.teacher_odds)
+            self.teacher_rest_prob = torch.sigmoid(-self.teacher_odds)
+        self.p, self.q = torch.exp(self.a), torch.exp(self.b)
+def _forward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    divergence: str,
+    first: float,
+    first_tensor: Tensor | None,
+    second: float,
+    second_tensor: Tensor | None,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    teacher_temperature: float,
+    teacher_temperature_tensor: Tensor | None,
+    kd_weight: float,
+    kd_weight_tensor: Tensor | None,
+    ce_weight: float,
+    ce_weight_tensor: Tensor | None,
+    z_loss_weight: float,
+    z_loss_weight_tensor: Tensor | None,
+    normalizer: float | None,
+    normalizer_tensor: Tensor | None,
+    t_squared: bool,
+    label_smoothing: float,
+    ignore_index: int,
+    mask_kd: bool,
+    vocab_size: int,
+    reduction: str,
+    return_stats: bool,
+):
+    n, v = student.shape[0], vocab_size
+    dtype = compute_dtype(student, teacher)
+
+    def per_row(value: float, tensor: Tensor | None) -> Tensor:
+        if tensor is not None:
+            return tensor.to(dtype).expand(n)
+        return torch.full((n,), value, dtype=dtype, device=student.device)
+
+    ts = per_row(temperature, temperature_tensor)
+    tt = per_row(teacher_temperature, teacher_temperature_tensor)
+    ts, tt = torch.where(ts > 0, ts, torch.nan), torch.where(tt > 0, tt, torch.nan)
+    first_row, second_row = allowed(
+        divergence, per_row(first, first_tensor), per_row(second, second_tensor)
+    )
+
+    weights = per_row(1.0, token_weights)
+    counted = weights != 0
+    labelled = counted if labels is None else counted & (labels != ignore_index)
+    kd_rows = labelled if mask_kd else counted
+    has_ce = labels is not None
+    ce_rows = labelled if has_ce else torch.zeros_like(counted)
+
+    def scale(value, tensor, rows_, divisor):
+        x = per_row(value, tensor)
+        return torch.where(rows_ & (x != 0), x * weights / divisor, 0.0)
+
+    kd_divisor = ce_divisor = torch.ones((), dtype=dtype, device=student.device)
+    if reduction in ("batchmean", "mean"):
+        if normalizer_tensor is not None:
+            kd_divisor = ce_divisor = normalizer_tensor.reshape(())
+        elif normalizer is not None:
+            kd_divisor = ce_divisor = torch.full_like(kd_divisor, normalizer)
+        else:
+            kd_divisor = torch.where(kd_rows, weights, 0.0).sum()
+            ce_divisor = torch.where(ce_rows, weights, 0.0).sum()
+        kd_divisor = torch.where(kd_divisor == 0, 1.0, kd_divisor)
+        ce_divisor = torch.where(ce_divisor == 0, 1.0, ce_divisor)
+    per_element = v if reduction == "mean" else 1
+    t2 = ts * ts if t_squared else torch.ones_like(ts)
+    kd_scale = scale(kd_weight, kd_weight_tensor, kd_rows, kd_divisor * per_element)
+    kd_scale = torch.where(kd_scale == 0, 0.0, kd_scale * t2)
+    ce_scale = scale(ce_weight, ce_weight_tensor, ce_rows, ce_divisor)
+    z_scale = scale(z_loss_weight, z_loss_weight_tensor, kd_rows, kd_divisor)
+
+    # Only rows that count are read; the others are replaced so that no NaN or inf of theirs goes anywhere.
+    read_student = ((kd_scale != 0) | (ce_scale != 0) | (z_scale != 0)) | (
+        (kd_rows | ce_rows) if return_stats else torch.zeros_like(counted)
+    )
+    read_teacher = (kd_scale != 0) | (kd_rows if return_stats else torch.zeros_like(counted))
+    s = torch.where(read_student[:, None], student[:, :v].to(dtype), 0.0)
+    t = torch.where(read_teacher[:, None], teacher[:, :v].to(dtype), 0.0)
+
+    exclude = divergence == "dkd"
+    row = _Row(s, t, ts, tt, labels, exclude)
+    d, sum_g = _divergence_sums(divergence, row, first_row, second_row)
+    kd = d
+    if exclude:
+        kd = second_row * d + first_row * _binary_kl(row)
+        sum_g = first_row * (row.student_label_prob - row.teacher_label_prob)[:, 0]
+    unit_log_z = _log_z(s, 1.0)[1]
+    unit_lse = row.student_max_all + unit_log_z
+    ce = torch.zeros_like(unit_lse)
+    label_log_prob = ce
+    if labels is not None:
+        label_logit = _take(s, labels)
+        label_log_prob = label_logit - row.student_max_all - unit_log_z
+        mean_logit = (s - row.student_max_all[:, None]).sum(1) / v
+        smooth = unit_log_z - mean_logit if label_smoothing else 0.0
+        ce = (1 - label_smoothing) * -label_log_prob + label_smoothing * smooth
+
+    total = (
+        _zero_wins(kd_scale, kd) + _zero_wins(ce_scale, ce) + _zero_wins(z_scale, unit_lse * unit_lse)
+    )
+    loss = total if reduction == "none" else total.sum()
+    lines = [
+        row.student_max, row.student_log_z, row.teacher_max, row.teacher_log_z, d, sum_g, unit_log_z,
+        kd_scale, ce_scale, z_scale, ts, tt, first_row, second_row,
+    ]
+    if return_stats:
+        student_entropy, teacher_entropy = _entropies(row, exclude)
+        agree = (s.argmax(1) == t.argmax(1)).to(dtype) if v else torch.zeros_like(ce)
+        lines += [
+            torch.where(kd_rows, kd * t2, 0.0),
+            torch.where(ce_rows, ce, 0.0),
+            torch.where(kd_rows, student_entropy, 0.0),
+            torch.where(kd_rows, teacher_entropy, 0.0),
+            torch.where(ce_rows, label_log_prob, 0.0),
+            torch.where(kd_rows, agree, 0.0),
+        ]
+    rows = torch.stack([line.to(dtype) for line in lines])
+    return loss, rows, (labels, divergence, label_smoothing, vocab_size)
+
+
+def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """float64 where either row is float64, else float32."""
+    both = torch.promote_types(student.dtype, teacher.dtype)
+    return torch.float64 if both == torch.float64 else torch.float32
+
+
+def _log_z(x: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(anchor, log Σ exp((x − anchor)/temperature)) of each row; the anchor is the maximum, 0 where that is −inf."""
+    largest = x.amax(1)
+    anchor = torch.where(torch.isneginf(largest), 0.0, largest)
+    return anchor, torch.log(torch.exp((x - anchor[:, None]) / temperature).sum(1))
+
+
+def _divergence_sums(
+    divergence: str, row: _Row, first: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(D, ΣG) of each row; for Rényi (D, log B)."""
+    phi, g = TERMS[divergence](row.a, row.b, row.p, row.q, first[:, None], second[:, None])
+    d, sum_g = phi.sum(1).clamp(min=0), g.sum(1)
+    if divergence in ("forward_kl", "dkd"):
+        sum_g = torch.zeros_like(sum_g)  # Σp − Σq
+    if divergence == "renyi":
+        log_b = torch.logsumexp(geometric(row.a, row.b, first[:, None]), 1)
+        # Near B = 1 the digits are in alpha's Bregman sum, far from it in the log-sum-exp.
+        near = torch.log1p(first * (first - 1) * d) / (first - 1)
+        tilted = torch.where(log_b.abs() < 0.5, near, log_b / (first - 1))
+        d = torch.where(first == 1, d, tilted)
+        sum_g = torch.where(first == 1, 0.0, log_b)
+    return d, sum_g
+
+
+def _binary_kl(row: _Row) -> Tensor:
+    """Forward KL of the (label, rest) distributions of both rows."""
+    def log_probs(odds: Tensor) -> Tensor:
+        return torch.nn.functional.logsigmoid(torch.cat([odds, -odds], 1))
+
+    a, b = log_probs(row.student_odds), log_probs(row.teacher_odds)
+    zero = a.new_zeros(())
+    return TERMS["forward_kl"](a, b, torch.exp(a), torch.exp(b), zero, zero)[0].sum(1)
+
+
+def _entropies(row: _Row, exclude: bool) -> tuple[Tensor, Tensor]:
+    """Entropies of both whole rows in nats."""
+    student = -_zero_wins(row.p, row.a).sum(1)
+    teacher = -_zero_wins(row.q, row.b).sum(1)
+    if not exclude:
+        return student, teacher
+
+    def whole(odds: Tensor, rest_entropy: Tensor) -> Tensor:
+        odds = odds[:, 0]
+        label, rest = torch.sigmoid(odds), torch.sigmoid(-odds)
+        log_label = torch.nn.functional.logsigmoid(odds)
+        log_rest = torch.nn.functional.logsigmoid(-odds)
+        own = -_zero_wins(label, log_label) - _zero_wins(rest, log_rest)
+        return own + _zero_wins(rest, rest_entropy)
+
+    return whole(row.student_odds, student), whole(row.teacher_odds, teacher)
+
+
+def _zero_wins(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.where(weight == 0, 0.0, weight * x)
+
+
+def _take(x: Tensor, labels: Tensor) -> Tensor:
+    """x at each row's label, NaN where the label is no column (a masked row, or one out of range)."""
+    inside = (labels >= 0) & (labels < x.shape[1])
+    taken = x.gather(1, labels.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
+    return torch.where(inside, taken, torch.nan)
+
+
+def _one_hot(labels: Tensor, x: Tensor) -> Tensor:
+    return (torch.arange(x.shape[1], device=x.device) == labels[:, None]).to(x.dtype)
