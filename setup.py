@@ -30,12 +30,13 @@ def library() -> dict:
 
     extension = CppExtension(
         "kdkernels._C",
-        sorted({*glob.glob("csrc/*.cpp"), *glob.glob("csrc/*/*.cpp")} - {*glob.glob("csrc/bindings/*")}),
+        # csrc/bindings is a module of the tests.
+        sorted({*glob.glob("csrc/**/*.cpp", recursive=True)} - {*glob.glob("csrc/bindings/*")}),
         depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
         include_dirs=[os.path.abspath("csrc")],
-        # No -m flag: functions that gain from AVX2 and AVX-512 are compiled for each and chosen at
-        # run time. Without -fno-trapping-math and -fno-math-errno g++ 12 does not vectorise an exp
-        # loop, which then takes 12 times as long.
+        # No -m flag: the sources themselves compile the row kernels for each CPU level, and the
+        # library chooses at run time. Without -fno-trapping-math and -fno-math-errno g++ 12 does
+        # not vectorise an exp loop, which then takes 12 times as long.
         extra_compile_args=[
             "-std=c++17",
             "-O3",
@@ -47,7 +48,6 @@ def library() -> dict:
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
         ],
         py_limited_api=True,  # also defines Py_LIMITED_API for Python 3.10
-        optional=True,  # setuptools then does not miss the file that a failed build leaves out
     )
     return {
         "ext_modules": [extension],

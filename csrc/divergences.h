@@ -1,4 +1,5 @@
-// One struct per divergence: term(a, b, p, q, w) -> {φ, G}, with a = log p (student), b = log q (teacher), G = p·∂φ/∂p.
+// One struct per divergence: term(a, b, p, q, w) -> {φ, G, H}, with a = log p (student), b = log q (teacher), G = p·∂φ/∂p,
+// H = q·∂φ/∂q. (H = kφ − G by Euler's theorem; written out, because the difference cancels where p ≈ q.)
 // The formulas, their sources and why φ is written in its Bregman form: kdkernels/divergences.py, which these must agree with.
 //
 // Rows whose parameter sits at an end (jsd β = 0, alpha = 1, …) never get here: `select` below sends them to a KL.
@@ -29,7 +30,7 @@ constexpr const char* divergence_names[] = {
 
 template <class Real>
 struct Term {
-  Real phi, g;
+  Real phi, g, h;
 };
 
 // The parameters of a row, and what the terms derive from them.
@@ -39,29 +40,32 @@ struct Weights {
   Real log_b;  // Rényi: log Σ q^r p^(1−r)
 };
 
+// d; where both are −inf it is 0 here and NaN in a − b.
 template <class Real>
 KD_INLINE Real log_ratio(Real a, Real b) {
-  return a == b ? Real(0) : a - b;  // also where both are −inf
+  return a == b ? Real(0) : a - b;
 }
 
-// Zero weight wins over inf and NaN.
+// `times` for a probability: one masked multiplication. (A NaN weight is lost here, never in the row: its log-sum-exp is NaN.)
 template <class Real>
-KD_INLINE Real times(Real weight, Real x) {
-  return weight == 0 ? Real(0) : weight * x;
+KD_INLINE Real weighted(Real probability, Real x) {
+  return probability > 0 ? probability * x : Real(0);
 }
 
-// Bregman form of KL(weight‖other), d = log(other/weight).
+// Bregman form of KL(weight‖other), d = log(other/weight), NaN allowed where both are 0.
 template <class Real>
 KD_INLINE Real kl_term(Real weight, Real other, Real d) {
-  Real far = other - weight - times(weight, d);
-  return absolute(d) < Real(0.25) ? weight * expm1_minus(d) : far;
+  Real product = weighted(weight, d);
+  Real far = (other - weight) - product, near = product * expm1_minus_over_x(d);
+  return absolute(d) < Real(0.25) ? near : far;
 }
 
 struct ForwardKL {
   static constexpr bool sum_g_is_zero = true;  // ΣG = Σp − Σq: the gradient needs no sum over the row
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>&) {
-    return {kl_term(q, p, log_ratio(a, b)), p - q};
+    Real d = a - b;
+    return {kl_term(q, p, d), p - q, -weighted(q, d)};
   }
 };
 
@@ -69,8 +73,8 @@ struct ReverseKL {
   static constexpr bool sum_g_is_zero = false;
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>&) {
-    Real d = log_ratio(a, b);
-    return {kl_term(p, q, -d), times(p, d)};
+    Real d = a - b;
+    return {kl_term(p, q, -d), weighted(p, d), q - p};
   }
 };
 
@@ -81,7 +85,8 @@ struct Jeffreys {
     auto forward = ForwardKL::term(a, b, p, q, w), reverse = ReverseKL::term(a, b, p, q, w);
     Real rest = 1 - w.first;
     return {times(w.first, forward.phi) + times(rest, reverse.phi),
-            times(w.first, forward.g) + times(rest, reverse.g)};
+            times(w.first, forward.g) + times(rest, reverse.g),
+            times(w.first, forward.h) + times(rest, reverse.h)};
   }
 };
 
@@ -91,7 +96,7 @@ struct Mixture {
   Real log_p_m, log_q_m;
   KD_INLINE Mixture(Real d, Real beta) {
     Real size = absolute(d);
-    Real log_larger = -log1p((d >= 0 ? beta : 1 - beta) * expm1(-size));
+    Real log_larger = -log1p_nonpositive((d >= 0 ? beta : 1 - beta) * expm1_nonpositive(-size));
     Real log_smaller = log_larger - size;
     log_p_m = d >= 0 ? log_larger : log_smaller;
     log_q_m = d >= 0 ? log_smaller : log_larger;
@@ -103,10 +108,11 @@ struct JSD {
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
     Real beta = w.first, rest = 1 - beta;
-    Mixture<Real> m(log_ratio(a, b), beta);
+    Mixture<Real> m(a - b, beta);
     Real scale = w.second > 0 ? 1 / (beta * rest) : Real(1);
-    Real g = times(p, m.log_p_m) * (rest * scale);
-    return {g + times(q, m.log_q_m) * (beta * scale), g};
+    Real g = weighted(p, m.log_p_m) * (rest * scale);
+    Real h = weighted(q, m.log_q_m) * (beta * scale);
+    return {g + h, g, h};
   }
 };
 
@@ -115,9 +121,11 @@ struct SkewForwardKL {
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
     Real lam = w.first, rest = 1 - lam;
-    Mixture<Real> m(log_ratio(a, b), lam);
+    Mixture<Real> m(a - b, lam);
     Real log_q_m = q == 0 ? -infinity<Real>() : (rest == 0 ? Real(0) : m.log_q_m);
-    return {kl_term(q, lam * q + rest * p, -log_q_m), -rest * times(p, expm1(log_q_m))};
+    Real ratio = expm1(log_q_m);  // q/m − 1
+    return {kl_term(q, lam * q + rest * p, -log_q_m), -rest * weighted(p, ratio),
+            weighted(q, log_q_m) - lam * weighted(q, ratio)};
   }
 };
 
@@ -126,9 +134,10 @@ struct SkewReverseKL {
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
     Real lam = w.first, rest = 1 - lam;
-    Real log_p_m = rest == 0 ? Real(0) : Mixture<Real>(log_ratio(a, b), rest).log_p_m;
+    Real log_p_m = rest == 0 ? Real(0) : Mixture<Real>(a - b, rest).log_p_m;
+    Real ratio = expm1(log_p_m);  // p/m − 1
     return {kl_term(p, rest * q + lam * p, -log_p_m),
-            times(p, log_p_m) - lam * times(p, expm1(log_p_m))};
+            weighted(p, log_p_m) - lam * weighted(p, ratio), -rest * weighted(q, ratio)};
   }
 };
 
@@ -150,7 +159,8 @@ struct Alpha {
     Real far = pi - (1 - kappa) * weight - kappa * other;
     bool small = absolute(d) < Real(0.25) && absolute(kappa * d) < Real(0.25);
     return {(small ? near : far) / (alpha * (alpha - 1)),
-            (small ? -p * expm1(-alpha * d) : p - pi) / alpha};
+            (small ? -p * expm1(-alpha * d) : p - pi) / alpha,
+            (small ? q * expm1((1 - alpha) * d) : pi - q) / (alpha - 1)};
   }
 };
 
@@ -160,7 +170,7 @@ struct TotalVariation {
   static KD_INLINE Term<Real> term(Real, Real, Real p, Real q, const Weights<Real>&) {
     Real half = Real(0.5), difference = p - q;
     Real sign = difference > 0 ? half : (difference < 0 ? -half : difference);
-    return {half * absolute(difference), p * sign};
+    return {half * absolute(difference), p * sign, -q * sign};
   }
 };
 
@@ -169,7 +179,8 @@ struct Renyi {
   static constexpr bool sum_g_is_zero = false;
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
-    return {Alpha::term(a, b, p, q, w).phi, -exp(geometric(a, b, w.first) - w.log_b)};
+    Real tilted = exp(geometric(a, b, w.first) - w.log_b);
+    return {Alpha::term(a, b, p, q, w).phi, -tilted, tilted * w.first / (w.first - 1)};
   }
 };
 
@@ -182,7 +193,8 @@ struct AlphaBeta {
     Real near = q_k / alpha * (expm1_minus(k * d) / k - expm1_minus(beta * d) / beta);
     Real far = (beta * p_k + alpha * q_k - k * mixed) / (k * alpha * beta);
     bool small = absolute(k * d) < Real(0.25);
-    return {small ? near : far, (small ? -p_k * expm1(-alpha * d) : p_k - mixed) / alpha};
+    return {small ? near : far, (small ? -p_k * expm1(-alpha * d) : p_k - mixed) / alpha,
+            (small ? -q_k * expm1(beta * d) : q_k - mixed) / beta};
   }
 };
 

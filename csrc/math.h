@@ -33,8 +33,8 @@ struct Format<float> {
   using Bits = uint32_t;
   static constexpr int mantissa = 23;
   static constexpr float round = 12582912.f;
-  static constexpr float lowest = -126.f, highest = 128.f;
-  static constexpr Bits one = 0x3f800000u, sqrt_half = 0x3f3504f3u;
+  static constexpr float lowest = -126.f, highest = 128.f, bias = 127.f;
+  static constexpr Bits one = 0x3f800000u, sqrt_half = 0x3f3504f3u, magnitude = 0x7fffffffu;
 };
 
 template <>
@@ -42,11 +42,13 @@ struct Format<double> {
   using Bits = uint64_t;
   static constexpr int mantissa = 52;
   static constexpr double round = 6755399441055744.0;
-  static constexpr double lowest = -1022.0, highest = 1024.0;
-  static constexpr Bits one = 0x3ff0000000000000u, sqrt_half = 0x3fe6a09e667f3bcdu;
+  static constexpr double lowest = -1022.0, highest = 1024.0, bias = 1023.0;
+  static constexpr Bits one = 0x3ff0000000000000u, sqrt_half = 0x3fe6a09e667f3bcdu,
+                        magnitude = 0x7fffffffffffffffu;
 };
 
-// c[0] + c[1]·x + … by Horner's rule.
+// c[0] + c[1]·x + … by Horner's rule. (Estrin's scheme, with a shorter chain but more operations, makes the exponentials 14 %
+// slower and JSD 9 % faster.)
 template <class Real, int N>
 KD_INLINE Real polynomial(Real x, const Real (&c)[N]) {
   Real y = c[N - 1];
@@ -59,41 +61,60 @@ KD_INLINE Real infinity() {
   return std::numeric_limits<Real>::infinity();
 }
 
-// 2^r for |r| ≤ ½: minimax of degree 6 (relative error 1.6e-8), Taylor of degree 13 in double (2e-16).
-KD_INLINE float exp2_fraction(float r) {
-  constexpr float c[] = {1.f,           0.693147206f,  0.240226469f,  0.0555032878f,
-                         0.00961848898f, 0.00133999316f, 0.000153458078f};
+// (2^r − 1)/r for |r| ≤ ½: minimax of degree 5 (relative error 1.1e-8), Taylor of degree 12 in double (2e-16).
+KD_INLINE float exp2m1_ratio(float r) {
+  constexpr float c[] = {0.693147188f, 0.240226498f,  0.0555035743f,
+                         0.00961823751f, 0.00133907358f, 0.000154035086f};
   return polynomial(r, c);
 }
-KD_INLINE double exp2_fraction(double r) {
-  constexpr double c[] = {1.0,
-                          0.69314718055994531,
-                          0.24022650695910071,
-                          0.055504108664821580,
-                          0.0096181291076284772,
-                          0.0013333558146428443,
-                          0.00015403530393381610,
-                          1.5252733804059840e-05,
-                          1.3215486790144309e-06,
-                          1.0178086009239699e-07,
-                          7.0549116208011233e-09,
-                          4.4455382718708114e-10,
-                          2.5678435993488205e-11,
-                          1.3691488853904128e-12};
+KD_INLINE double exp2m1_ratio(double r) {
+  constexpr double c[] = {0.6931471805599453,
+                          0.2402265069591007,
+                          0.055504108664821576,
+                          0.009618129107628477,
+                          0.0013333558146428441,
+                          0.00015403530393381606,
+                          1.5252733804059838e-05,
+                          1.3215486790144305e-06,
+                          1.0178086009239696e-07,
+                          7.054911620801121e-09,
+                          4.44553827187081e-10,
+                          2.5678435993488196e-11,
+                          1.3691488853904124e-12};
   return polynomial(r, c);
 }
 
-// 2^(x·c) for c > 0; 0 below the normal numbers, +inf and NaN kept. The product is never rounded where the CPU has FMA.
+template <class Real>
+KD_INLINE Real exp2_fraction(Real r) {
+  return 1 + r * exp2m1_ratio(r);
+}
+
+// 2^(x·c) for x ≤ 0 < c: what a softmax needs. 0 below the normal numbers; NaN kept. The product is never rounded where the
+// CPU has FMA. The constant is F::round plus the exponent's bias, so that a shift turns its low bits into the number 2^n.
 template <class Real>
 KD_INLINE Real exp2_scaled(Real x, Real c) {
   using F = Format<Real>;
   using Bits = typename F::Bits;
-  Real shifted = x * c + F::round;
-  Real fraction = x * c - (shifted - F::round);
-  Bits exponent = static_cast<Bits>(bits_as<Bits>(shifted) << F::mantissa);
-  Real y = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(exp2_fraction(fraction)) + exponent));
-  y = x < F::lowest / c ? Real(0) : y;
-  return x < F::highest / c ? y : x + infinity<Real>();
+  constexpr Real magic = F::round + F::bias;
+  Real shifted = x * c + magic;
+  Real fraction = x * c - (shifted - magic);
+  Real power = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(shifted) << F::mantissa));
+  Real y = exp2_fraction(fraction) * power;
+  return x < F::lowest / c ? Real(0) : y;
+}
+
+// The same with c in two pieces, high + low, for results whose own relative error matters: a c rounded to one number costs |x·c|
+// roundings.
+template <class Real>
+KD_INLINE Real exp2_scaled(Real x, Real high, Real low) {
+  using F = Format<Real>;
+  using Bits = typename F::Bits;
+  constexpr Real magic = F::round + F::bias;
+  Real shifted = x * high + magic;
+  Real fraction = (x * high - (shifted - magic)) + x * low;
+  Real power = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(shifted) << F::mantissa));
+  Real y = exp2_fraction(fraction) * power;
+  return x < F::lowest / high ? Real(0) : y;
 }
 
 template <class Real>
@@ -137,7 +158,7 @@ KD_INLINE double expm1_ratio(double x) {
 
 template <class Real>
 KD_INLINE Real absolute(Real x) {
-  return x < 0 ? -x : x;
+  return bits_as<Real>(bits_as<typename Format<Real>::Bits>(x) & Format<Real>::magnitude);
 }
 
 template <class Real>
@@ -145,12 +166,28 @@ KD_INLINE Real expm1(Real x) {
   return absolute(x) < Real(0.5) ? x * expm1_ratio(x) : exp(x) - 1;
 }
 
-// expm1(x) − x for |x| ≤ ¼ (elsewhere meaningless), a few roundings of relative error.
-KD_INLINE float expm1_minus(float x) {
-  constexpr float c[] = {0.5f, 0.166666424f, 0.0416665879f, 0.0083488485f, 0.00139160386f};
-  return x * x * polynomial(x, c);
+template <class Real>
+constexpr Real log2_e = Real(1.4426950408889634);
+
+// expm1(x) for x ≤ 0, exact to a few roundings near 0 too: 2^n·(2^f − 1) + (2^n − 1) has n = 0 there. −1 below −64.
+template <class Real>
+KD_INLINE Real expm1_nonpositive(Real x) {
+  using F = Format<Real>;
+  using Bits = typename F::Bits;
+  constexpr Real magic = F::round + F::bias, c = log2_e<Real>;
+  x = x < -64 ? Real(-64) : x;
+  Real shifted = x * c + magic;
+  Real fraction = x * c - (shifted - magic);
+  Real power = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(shifted) << F::mantissa));
+  return power * (fraction * exp2m1_ratio(fraction)) + (power - 1);
 }
-KD_INLINE double expm1_minus(double x) {
+
+// (expm1(x) − x)/x for |x| ≤ ¼ (elsewhere meaningless), a few roundings of relative error.
+KD_INLINE float expm1_minus_over_x(float x) {
+  constexpr float c[] = {0.5f, 0.166666424f, 0.0416665879f, 0.0083488485f, 0.00139160386f};
+  return x * polynomial(x, c);
+}
+KD_INLINE double expm1_minus_over_x(double x) {
   constexpr double c[] = {0.5,
                           0.16666666666666667,
                           0.041666666666666667,
@@ -163,39 +200,71 @@ KD_INLINE double expm1_minus(double x) {
                           2.5052108385441719e-08,
                           2.0876756987868099e-09,
                           1.6059043836821615e-10};
-  return x * x * polynomial(x, c);
+  return x * polynomial(x, c);
 }
 
-// atanh(√z)/√z for z ≤ 0.0295, that is for mantissas in [√½, √2].
-KD_INLINE float atanh_ratio(float z) {
-  constexpr float c[] = {1.f, 0.333334083f, 0.199873672f, 0.149635609f};
-  return polynomial(z, c);
+template <class Real>
+KD_INLINE Real expm1_minus(Real x) {
+  return x * expm1_minus_over_x(x);
 }
-KD_INLINE double atanh_ratio(double z) {
+
+// log(1 + f)/f for 1 + f in [√½, √2]: minimax of degree 9 (4e-9); in double 2·atanh(g)/f with g = f/(2 + f), to 1e-17.
+KD_INLINE float log1p_ratio(float f) {
+  constexpr float c[] = {1.f,          -0.499999883f, 0.33333326f,  -0.250015866f, 0.20001968f,
+                         -0.166090116f, 0.141818431f,  -0.132434795f, 0.129046209f,  -0.0762102624f};
+  return polynomial(f, c);
+}
+KD_INLINE double log1p_ratio(double f) {
   constexpr double c[] = {1.0,      1.0 / 3,  1.0 / 5,  1.0 / 7,  1.0 / 9, 1.0 / 11,
                           1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19, 1.0 / 21};
-  return polynomial(z, c);
+  double g = f / (2 + f);
+  return 2 * polynomial(g * g, c) / (2 + f);
 }
 
-// log(1 + y) for y ≥ −1; y itself is used while 1 + y needs no scaling, so that a small y keeps its digits.
+// The exponent in the bits above a mantissa of 0, as a number. AVX2 cannot convert 64-bit integers.
+KD_INLINE float exponent_value(uint32_t bits) {
+  return static_cast<float>(static_cast<int32_t>(bits) >> 23);
+}
+KD_INLINE double exponent_value(uint64_t bits) {
+  constexpr uint64_t one = Format<double>::one;
+  uint64_t biased = ((bits + one) >> 52) & 0x7ff;
+  return bits_as<double>(bits_as<uint64_t>(Format<double>::round) + biased) -
+         (Format<double>::round + Format<double>::bias);
+}
+
+// log(x): −inf at 0, NaN below; subnormal numbers are scaled up first.
 template <class Real>
-KD_INLINE Real log1p(Real y) {
+KD_INLINE Real log(Real x) {
+  using F = Format<Real>;
+  using Bits = typename F::Bits;
+  constexpr Real scale = Real(Bits(1) << F::mantissa), smallest = std::numeric_limits<Real>::min();
+  Real normal = x < smallest ? x * scale : x;
+  Bits exponent_bits = (bits_as<Bits>(normal) - F::sqrt_half) & (~Bits(0) << F::mantissa);
+  Real exponent = exponent_value(exponent_bits) - (x < smallest ? Real(F::mantissa) : Real(0));
+  Real f = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(normal) - exponent_bits)) - 1;
+  Real result = f * log1p_ratio(f) + exponent * Real(0.69314718055994531);
+  result = x > 0 ? result : (x == 0 ? -infinity<Real>() : std::numeric_limits<Real>::quiet_NaN());
+  return x < infinity<Real>() ? result : x;
+}
+
+// log(1 + y) for −1 < y ≤ 0; y itself is used while 1 + y needs no scaling, so that a small y keeps its digits. NaN kept.
+template <class Real>
+KD_INLINE Real log1p_nonpositive(Real y) {
   using F = Format<Real>;
   using Bits = typename F::Bits;
   Real u = 1 + y;
-  Bits offset = bits_as<Bits>(u) - F::sqrt_half;
-  Bits exponent_bits = offset & (~Bits(0) << F::mantissa);
+  Bits exponent_bits = (bits_as<Bits>(u) - F::sqrt_half) & (~Bits(0) << F::mantissa);
+  Real exponent = exponent_value(exponent_bits);
   Real mantissa = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(u) - exponent_bits));
-  // The exponent as a number, without a conversion that AVX2 lacks for 64 bits: it sits below the bits of F::round.
-  Bits biased = (exponent_bits >> F::mantissa) + (F::one >> F::mantissa);
-  biased &= (Bits(1) << (sizeof(Real) * 8 - 1 - F::mantissa)) - 1;
-  Real exponent = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(F::round) + biased)) - F::round -
-                  Real(F::one >> F::mantissa);
-  Real f = exponent == 0 ? y : mantissa - 1;
-  f = f / (f + 2);
-  Real result = 2 * f * atanh_ratio(f * f) + exponent * Real(0.69314718055994531);
-  result = u > 0 ? result : (u == 0 ? -infinity<Real>() : u - u);
-  return u < infinity<Real>() ? result : u;
+  Real f = exponent_bits == 0 ? y : mantissa - 1;
+  Real result = f * log1p_ratio(f) + exponent * Real(0.69314718055994531);
+  return y <= 0 ? result : y;
+}
+
+// Zero weight wins over inf and NaN.
+template <class Real>
+KD_INLINE Real times(Real weight, Real x) {
+  return weight == 0 ? Real(0) : weight * x;
 }
 
 // ---- 16-bit storage ----

@@ -6,17 +6,19 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <type_traits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "dtype.h"
+#include "arguments.h"
 
 namespace kd {
 
 using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -43,6 +45,53 @@ inline void advise_huge_pages(void* data, size_t bytes) {
   // Only advice: where the kernel does not take it, the pages are small and nothing else changes.
   if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+template <class Real>
+constexpr ScalarType real_type = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
+
+inline Matrix matrix_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2, "kdkernels: ", name, " must have two dimensions");
+  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.size(0) == 0 || tensor.stride(1) == 1, "kdkernels: ", name,
+                  " must have columns of stride 1");
+  return {static_cast<char*>(const_cast<void*>(tensor.data_ptr())), dtype_of(tensor),
+          tensor.stride(0), tensor.size(1)};
+}
+
+template <class Real>
+const Real* reals(const Tensor& tensor, const char* name, int64_t n) {
+  STD_TORCH_CHECK(tensor.scalar_type() == real_type<Real>, "kdkernels: ", name,
+                  " must have the dtype that the op computes in");
+  STD_TORCH_CHECK(tensor.numel() == 1 || tensor.numel() == n, "kdkernels: ", name,
+                  " must have one value, or one a row");
+  STD_TORCH_CHECK(tensor.dim() == 0 || tensor.numel() <= 1 || tensor.stride(0) == 1, "kdkernels: ", name,
+                  " must be contiguous");
+  return static_cast<const Real*>(tensor.data_ptr());
+}
+
+template <class Real>
+Parameter<Real> parameter(double value, const OptionalTensor& tensor, const char* name, int64_t n) {
+  Parameter<Real> result;
+  result.value = value;
+  if (tensor) {
+    result.data = reals<Real>(*tensor, name, n);
+    result.stride = tensor->numel() == 1 ? 0 : 1;
+  }
+  return result;
+}
+
+// Contiguous, of the same shape.
+inline Tensor fresh_like(const Tensor& like, std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor result = torch::stable::new_empty(like, like.sizes(), dtype);
+  advise_huge_pages(result.data_ptr(), result.numel() * size_of(dtype_of(result)));
+  return result;
+}
+
+// rows(problem, begin, end) for pieces of the n rows, on torch's threads.
+template <class Problem, class RowFunction>
+void over_rows(int64_t n, int64_t columns, const Problem& problem, RowFunction rows) {
+  torch::stable::parallel_for(0, n, grain(columns),
+                              [&](int64_t begin, int64_t end) { rows(problem, begin, end); });
 }
 
 }  // namespace kd

@@ -8,14 +8,22 @@ from .ops.distillation_loss import (
     distillation_loss_and_grad,
     explain,
 )
+from .ops.kl_div import KLDivLoss, kl_div
+from .ops.softmax import LogSoftmax, Softmax, log_softmax, softmax
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillationLoss",
     "DistillationStats",
+    "KLDivLoss",
+    "LogSoftmax",
+    "Softmax",
     "distillation_loss",
     "distillation_loss_and_grad",
     "divergences",
     "explain",
+    "kl_div",
+    "log_softmax",
+    "softmax",
 ]

@@ -1,8 +1,8 @@
 """The divergences: their names, parameters, formulas, and torch terms (the reference).
 
 With student p = softmax(s/τs) and teacher q = softmax(t/τt), a = log p, b = log q, d = a − b, a divergence is
-D = Σ φ(p, q). A *term* returns φ and G = p·∂φ/∂p for every column; Euler's theorem gives H = q·∂φ/∂q = kφ − G for φ
-homogeneous of degree k, and the gradients are (G − p·ΣG)/τs and (H − q·ΣH)/τt.
+D = Σ φ(p, q). A *term* returns φ, G = p·∂φ/∂p and H = q·∂φ/∂q for every column; the gradients are
+(G − p·ΣG)/τs and (H − q·ΣH)/τt. By Euler's theorem ΣH = kD − ΣG for φ homogeneous of degree k.
 
 Where the textbook φ is of first order in d (q·(b − a) for forward KL) the terms use the Bregman form of it, φ + (p − q)
 or its like: the sum is the same because Σp = Σq = 1, every term is ≥ 0 and of second order, so that a divergence of 1e-7
@@ -182,7 +182,11 @@ def allowed(name: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-# ---- terms: (a, b, p, q, first, second) -> (φ, G), all broadcasting over (rows, vocab) ----
+# ---- terms: (a, b, p, q, first, second) -> (φ, G, H), all broadcasting over (rows, vocab) ----
+#
+# H is written out although it is kφ − G: that difference cancels where p ≈ q (60 units in the last place in float32).
+
+Term = tuple[Tensor, Tensor, Tensor]
 
 # Below this |x| the series of expm1(x) − x is used; above it the subtraction loses at most two bits.
 _SMALL = 0.5
@@ -213,20 +217,23 @@ def _kl(weight: Tensor, other: Tensor, d: Tensor) -> Tensor:
     return torch.where(d.abs() < _SMALL, weight * _expm1_minus(d), far)
 
 
-def _forward_kl(a, b, p, q, first, second):
-    return _kl(q, p, _difference(a, b)), p - q
-
-
-def _reverse_kl(a, b, p, q, first, second):
+def _forward_kl(a, b, p, q, first, second) -> Term:
     d = _difference(a, b)
-    return _kl(p, q, -d), _times(p, d)
+    return _kl(q, p, d), p - q, -_times(q, d)
 
 
-def _jeffreys(a, b, p, q, weight, second):
-    phi_f, g_f = _forward_kl(a, b, p, q, weight, second)
-    phi_r, g_r = _reverse_kl(a, b, p, q, weight, second)
-    rest = 1 - weight
-    return _times(weight, phi_f) + _times(rest, phi_r), _times(weight, g_f) + _times(rest, g_r)
+def _reverse_kl(a, b, p, q, first, second) -> Term:
+    d = _difference(a, b)
+    return _kl(p, q, -d), _times(p, d), q - p
+
+
+def _jeffreys(a, b, p, q, weight, second) -> Term:
+    forward = _forward_kl(a, b, p, q, weight, second)
+    reverse = _reverse_kl(a, b, p, q, weight, second)
+    phi, g, h = (
+        _times(weight, f) + _times(1 - weight, r) for f, r in zip(forward, reverse, strict=True)
+    )
+    return phi, g, h
 
 
 def _mixture(d: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,44 +246,39 @@ def _mixture(d: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _at_ends(beta, forward, reverse, inside):
-    """Forward KL in the rows where beta is 0, reverse KL where it is 1, else the term inside."""
-    return tuple(
-        torch.where(beta == 0, f, torch.where(beta == 1, r, i))
-        for f, r, i in zip(forward, reverse, inside, strict=True)
-    )
+def _select(condition: Tensor, if_true: Term, if_false: Term) -> Term:
+    phi, g, h = (torch.where(condition, x, y) for x, y in zip(if_true, if_false, strict=True))
+    return phi, g, h
 
 
-def _jsd(a, b, p, q, beta, normalized):
+def _jsd(a, b, p, q, beta, normalized) -> Term:
     log_p_m, log_q_m = _mixture(_difference(a, b), beta)
     scale = torch.where(normalized > 0, 1 / (beta * (1 - beta)), 1.0)
     g = _times(p, log_p_m) * ((1 - beta) * scale)
-    phi = g + _times(q, log_q_m) * (beta * scale)
+    h = _times(q, log_q_m) * (beta * scale)
     forward = _forward_kl(a, b, p, q, beta, normalized)
     reverse = _reverse_kl(a, b, p, q, beta, normalized)
-    return _at_ends(beta, forward, reverse, (phi, g))
+    return _select(beta == 0, forward, _select(beta == 1, reverse, (g + h, g, h)))
 
 
-def _skew_forward_kl(a, b, p, q, lam, second):
+def _skew_forward_kl(a, b, p, q, lam, second) -> Term:
     _, log_q_m = _mixture(_difference(a, b), lam)
     log_q_m = torch.where(q == 0, -torch.inf, torch.where(lam == 1, 0.0, log_q_m))
-    mixed = _kl(q, lam * q + (1 - lam) * p, -log_q_m)
-    g = -(1 - lam) * _times(p, torch.expm1(log_q_m))
-    forward = _forward_kl(a, b, p, q, lam, second)
-    return tuple(
-        torch.where(lam == 0, f, m) for f, m in zip(forward, (mixed, g), strict=True)
-    )
+    ratio = torch.expm1(log_q_m)  # q/m − 1
+    phi = _kl(q, lam * q + (1 - lam) * p, -log_q_m)
+    g = -(1 - lam) * _times(p, ratio)
+    h = _times(q, log_q_m) - lam * _times(q, ratio)
+    return _select(lam == 0, _forward_kl(a, b, p, q, lam, second), (phi, g, h))
 
 
-def _skew_reverse_kl(a, b, p, q, lam, second):
+def _skew_reverse_kl(a, b, p, q, lam, second) -> Term:
     log_p_m, _ = _mixture(_difference(a, b), 1 - lam)
-    log_p_m = torch.where(lam == 1, 0.0, log_p_m)
-    mixed = _kl(p, (1 - lam) * q + lam * p, -log_p_m)
-    g = _times(p, log_p_m) - lam * _times(p, torch.expm1(log_p_m))
-    reverse = _reverse_kl(a, b, p, q, lam, second)
-    return tuple(
-        torch.where(lam == 0, r, m) for r, m in zip(reverse, (mixed, g), strict=True)
-    )
+    log_p_m = torch.where(p == 0, -torch.inf, torch.where(lam == 1, 0.0, log_p_m))
+    ratio = torch.expm1(log_p_m)  # p/m − 1
+    phi = _kl(p, (1 - lam) * q + lam * p, -log_p_m)
+    g = _times(p, log_p_m) - lam * _times(p, ratio)
+    h = -(1 - lam) * _times(q, ratio)
+    return _select(lam == 0, _reverse_kl(a, b, p, q, lam, second), (phi, g, h))
 
 
 def geometric(a: Tensor, b: Tensor, order: Tensor) -> Tensor:
@@ -285,7 +287,7 @@ def geometric(a: Tensor, b: Tensor, order: Tensor) -> Tensor:
     return torch.where(both, -torch.inf, order * b + (1 - order) * a)
 
 
-def _alpha(a, b, p, q, alpha, second):
+def _alpha(a, b, p, q, alpha, second) -> Term:
     d = _difference(a, b)
     pi = torch.exp(geometric(a, b, alpha))
     # The same φ written around q (κ = 1 − α, x = d) or around p (κ = α, x = −d): the nearer limit is the stable one.
@@ -297,28 +299,31 @@ def _alpha(a, b, p, q, alpha, second):
     small = (d.abs() < _SMALL) & ((kappa * d).abs() < _SMALL)
     phi = torch.where(small, near, far) / (alpha * (alpha - 1))
     g = torch.where(small, -p * torch.expm1(-alpha * d), p - pi) / alpha
+    h = torch.where(small, q * torch.expm1((1 - alpha) * d), pi - q) / (alpha - 1)
     forward = _forward_kl(a, b, p, q, alpha, second)
     reverse = _reverse_kl(a, b, p, q, alpha, second)
-    return _at_ends(1 - alpha, forward, reverse, (phi, g))
+    return _select(alpha == 1, forward, _select(alpha == 0, reverse, (phi, g, h)))
 
 
-def _tvd(a, b, p, q, first, second):
-    return 0.5 * (p - q).abs(), 0.5 * p * torch.sign(p - q)
+def _tvd(a, b, p, q, first, second) -> Term:
+    sign = torch.sign(p - q)
+    return 0.5 * (p - q).abs(), 0.5 * p * sign, -0.5 * q * sign
 
 
-def _ab(a, b, p, q, alpha, beta):
+def _ab(a, b, p, q, alpha, beta) -> Term:
     k = alpha + beta
     d = _difference(a, b)
     q_k, p_k = torch.exp(k * b), torch.exp(k * a)
-    mixed = torch.where(torch.isneginf(a) | torch.isneginf(b), 0.0, torch.exp(alpha * b + beta * a))
+    mixed = torch.exp(alpha * b + beta * a)
     near = q_k / alpha * (_expm1_minus(k * d) / k - _expm1_minus(beta * d) / beta)
     far = (beta * p_k + alpha * q_k - k * mixed) / (k * alpha * beta)
     small = (k * d).abs() < _SMALL
-    phi = torch.where(small, near, far)
-    return phi, torch.where(small, -p_k * torch.expm1(-alpha * d), p_k - mixed) / alpha
+    g = torch.where(small, -p_k * torch.expm1(-alpha * d), p_k - mixed) / alpha
+    h = torch.where(small, -q_k * torch.expm1(beta * d), q_k - mixed) / beta
+    return torch.where(small, near, far), g, h
 
 
-TERMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+TERMS: dict[str, Callable[..., Term]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jeffreys": _jeffreys,

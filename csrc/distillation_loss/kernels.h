@@ -8,41 +8,13 @@
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "../rows.h"
+#include "../scratch.h"
 #include "problem.h"
 
 namespace kd {
 namespace {
-
-// Per-thread memory that outlives the call: allocating it anew costs a page fault per 4 KiB, 60 µs for a row of 128k.
-template <class Real>
-struct Scratch {
-  struct Free {
-    void operator()(Real* p) const { std::free(p); }
-  };
-  std::unique_ptr<Real, Free> memory;
-  int64_t size = 0;
-
-  Real* get(int64_t wanted) {
-    if (wanted > size) {
-      memory.reset();
-      size = 0;
-      void* p = nullptr;
-      if (posix_memalign(&p, 64, wanted * sizeof(Real)) != 0) throw std::bad_alloc();
-      memory.reset(static_cast<Real*>(p));
-      size = wanted;
-    }
-    return memory.get();
-  }
-};
-
-inline Row row_of(const Matrix& m, int64_t i, int64_t skip) {
-  return {m.data + i * m.stride * size_of(m.dtype), m.dtype, skip};
-}
 
 // A row's softmax as its maximum and log-sum-exp give it: log p = (x − anchor)·inverse_temperature − log_z.
 template <class Real>
@@ -52,15 +24,16 @@ struct Softmax {
 
 // ---- one block of terms ----
 
-enum class Keep { nothing, gradient, gradient_and_phi };
+// What block_terms leaves: nothing; p over es and G over et; those and H in `extra`; or G·scale in `extra` alone.
+enum class Keep { nothing, gradient, both_gradients, scaled_gradient };
 
-// From exponentials e·factor = probability and the logits: the sums of φ and G; kept, p lies over es, G over et, φ in phis.
+// From exponentials e·factor = probability and the logits: the sums of φ and G, and what is to be kept.
 template <class D, Keep keep, class Real>
 KD_TARGET __attribute__((noinline)) Term<Real> block_terms(const Real* s, const Real* t, Real* es,
-                                                           Real* et, Real* phis, int64_t n,
+                                                           Real* et, Real* extra, int64_t n,
                                                            Softmax<Real> student, Softmax<Real> teacher,
                                                            Real student_factor, Real teacher_factor,
-                                                           Weights<Real> weights) {
+                                                           Weights<Real> weights, Real scale) {
   Real sum_phi = 0, sum_g = 0;
 #pragma omp simd reduction(+ : sum_phi, sum_g)
   for (int64_t i = 0; i < n; ++i) {
@@ -70,18 +43,19 @@ KD_TARGET __attribute__((noinline)) Term<Real> block_terms(const Real* s, const 
     Term<Real> term = D::term(a, b, p, q, weights);
     sum_phi += term.phi;
     if (!D::sum_g_is_zero) sum_g += term.g;
-    if (keep != Keep::nothing) {
+    if (keep == Keep::gradient || keep == Keep::both_gradients) {
       es[i] = p;
       et[i] = term.g;
     }
-    if (keep == Keep::gradient_and_phi) phis[i] = term.phi;
+    if (keep == Keep::both_gradients) extra[i] = term.h;
+    if (keep == Keep::scaled_gradient) extra[i] = term.g * scale;
   }
-  return {sum_phi, sum_g};
+  return {sum_phi, sum_g, Real(0)};
 }
 
 template <class Real>
 using BlockTerms = Term<Real> (*)(const Real*, const Real*, Real*, Real*, Real*, int64_t,
-                                  Softmax<Real>, Softmax<Real>, Real, Real, Weights<Real>);
+                                  Softmax<Real>, Softmax<Real>, Real, Real, Weights<Real>, Real);
 
 template <Keep keep, class Real>
 BlockTerms<Real> block_terms_of(Divergence divergence) {
@@ -118,7 +92,7 @@ KD_LOOP Real block_entropy(const Real* x, const Real* e, Softmax<Real> row, Real
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
     Real log_p = (x[i] - row.anchor) * row.inverse_temperature - row.log_z;
-    sum -= times(e[i] * factor, log_p);
+    sum -= weighted(e[i] * factor, log_p);
   }
   return sum;
 }
@@ -157,22 +131,10 @@ KD_LOOP void add_scaled(const Real* p, Real scale, Real uniform, Real* out, int6
   for (int64_t i = 0; i < n; ++i) out[i] += p[i] * scale - uniform;
 }
 
-// q in out → (φ·phi + G·g − q·sum_h)·scale.
-KD_LOOP void teacher_gradient(const Real* phis, Real phi, const Real* gs, Real g, Real* out, Real sum_h,
-                              Real scale, int64_t n) {
-  if (phi == 0) {  // Rényi: H has no φ in it, which may be infinite
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = (gs[i] * g - out[i] * sum_h) * scale;
-    return;
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = (phis[i] * phi + gs[i] * g - out[i] * sum_h) * scale;
-}
-
 KD_LOOP void fill_row(const Matrix& matrix, int64_t row, int64_t from) {
   Real zeros[256];
   fill(zeros, Real(0), 256);
-  char* data = matrix.data + row * matrix.stride * size_of(matrix.dtype);
+  char* data = matrix.row(row);
   for (int64_t start = from; start < matrix.columns; start += 256) {
     int64_t n = matrix.columns - start < 256 ? matrix.columns - start : 256;
     store(zeros, data, matrix.dtype, start, n);
@@ -223,7 +185,7 @@ class RowKernel {
     buffer_s_ = take(kBlock);
     buffer_t_ = take(kBlock);
     buffer_unit_ = take(kBlock);
-    phis_ = take(kBlock);
+    extra_ = take(kBlock);
     out_ = take(kBlock);
     out_teacher_ = take(kBlock);
     max_s_ = take(blocks_);
@@ -310,7 +272,7 @@ class RowKernel {
       sum_g_ = -1;
     }
     Real student_factor = std::exp(-student_.log_z), teacher_factor = std::exp(-teacher_.log_z);
-    auto terms = wants_teacher ? block_terms_of<Keep::gradient_and_phi, Real>(effective_)
+    auto terms = wants_teacher ? block_terms_of<Keep::both_gradients, Real>(effective_)
                                : block_terms_of<Keep::gradient, Real>(effective_);
     for (int64_t start = 0; start < p_.vocab; start += kBlock) {
       int64_t n = block_size(start);
@@ -322,8 +284,8 @@ class RowKernel {
           const Real* t = load(teacher_row_, start, n, buffer_t_);
           exponentials(t, teacher_.anchor, teacher_c_, et_, n);
           if (wants_teacher) combine(et_, teacher_factor, et_, Real(0), out_teacher_, n);
-          terms(s, t, es_, et_, phis_, n, student_, teacher_, student_factor, teacher_factor,
-                weights_);
+          terms(s, t, es_, et_, extra_, n, student_, teacher_, student_factor, teacher_factor,
+                weights_, Real(0));
           p_factor = 1;
         }
       }
@@ -388,7 +350,15 @@ class RowKernel {
     return *load(row, column, 1, &value);
   }
 
-  char* gradient_row(const Matrix& m) const { return m.data + i_ * m.stride * size_of(m.dtype); }
+  char* gradient_row(const Matrix& m) const { return m.row(i_); }
+
+  // Steps 1 and 2 take about as long; step 1 alone would wait for memory and step 2 leave it idle. So each asks for half a
+  // row ahead: step 1 for the second half of its own, step 2 for the first half of the next.
+  void prefetch_half(int64_t row, int64_t begin, int64_t n) const {
+    if (row >= p_.n) return;
+    prefetch(row_of(p_.student, row, -1), begin, begin + n);
+    if (reads_teacher_) prefetch(row_of(p_.teacher, row, -1), begin, begin + n);
+  }
 
   // What e^(…) of a block is to be multiplied by, where it was taken relative to that block's maximum.
   static Real rescale(Real block_maximum, Real anchor, Real c) {
@@ -408,6 +378,7 @@ class RowKernel {
     double sum = 0;  // of the logits
     for (int64_t k = 0; k < blocks_; ++k) {
       int64_t start = k * kBlock, n = block_size(start);
+      prefetch_half(i_, (p_.vocab + start) / 2, n / 2);
       const Real* s = load(student_row_, start, n, buffer_s_);
       max_s_[k] = maximum(s, n);
       if (reads_teacher_ || unit_is_student_) {
@@ -447,23 +418,27 @@ class RowKernel {
       value = times(weights_.first, binary.kl);
       sum_g_ = weights_.first * (binary.student_label - binary.teacher_label);
     }
-    bool finishes = one_pass && effective_ == Divergence::forward_kl;
-    auto terms = one_pass ? block_terms_of<Keep::gradient, Real>(effective_)
-                          : block_terms_of<Keep::nothing, Real>(effective_);
+    // ΣG = 0 is known of forward KL: its gradient needs no sum over the row and is finished here. (DKD's G has a factor.)
+    written_ = one_pass && effective_ == Divergence::forward_kl && !excludes_ && kd_scale_ != 0;
+    auto terms = written_    ? block_terms<ForwardKL, Keep::scaled_gradient, Real>
+                 : one_pass ? block_terms_of<Keep::gradient, Real>(effective_)
+                            : block_terms_of<Keep::nothing, Real>(effective_);
     Real inverse_s = std::exp(-student_.log_z), inverse_t = std::exp(-teacher_.log_z);
     double sum_phi = 0, sum_g = 0;
     for (int64_t k = 0; k < blocks_; ++k) {
       int64_t start = k * kBlock, n = block_size(start);
+      prefetch_half(i_ + 1, start / 2, n / 2);
+      Real* out = written_ ? output(start) : extra_;
+      Real student_factor = rescale(max_s_[k], student_.anchor, student_c_) * inverse_s;
       Term<Real> sums = terms(load(student_row_, start, n, buffer_s_),
                               load(teacher_row_, start, n, buffer_t_), es_ + start, et_ + start,
-                              phis_, n, student_, teacher_,
-                              rescale(max_s_[k], student_.anchor, student_c_) * inverse_s,
-                              rescale(max_t_[k], teacher_.anchor, teacher_c_) * inverse_t, weights_);
+                              out, n, student_, teacher_, student_factor,
+                              rescale(max_t_[k], teacher_.anchor, teacher_c_) * inverse_t, weights_,
+                              kd_scale_ * student_.inverse_temperature);
       sum_phi += sums.phi;
       sum_g += sums.g;
-      if (finishes) student_block(start, n, es_ + start, Real(1), et_ + start);
+      if (written_) finish_block(start, n, es_ + start, student_factor, out);
     }
-    written_ = finishes;
     divergence_ = static_cast<Real>(sum_phi < 0 ? 0 : sum_phi);
     if (effective_ == Divergence::renyi) {
       Real order = weights_.first, log_b = weights_.log_b;
@@ -558,62 +533,72 @@ class RowKernel {
     }
   }
 
+  // Where a block of the student's gradient is put together: where it is to lie if that holds Reals, and nothing of the
+  // logits under it is read again.
+  Real* output(int64_t start) {
+    bool in_place = p_.student_grad.dtype == kOwnDtype && ce_scale_ == 0 && z_scale_ == 0;
+    return in_place ? reinterpret_cast<Real*>(gradient_row(p_.student_grad)) + start : out_;
+  }
+
   // Step 3 for one block: the student's gradient from p = e·p_factor and G, stored.
   void student_block(int64_t start, int64_t n, const Real* e, Real p_factor, const Real* g) {
-    bool has_label = label_ >= start && label_ < start + n;
     if (kd_scale_ != 0) {
       Real scale = kd_scale_ * upstream_ * student_.inverse_temperature;
       combine(g, excludes_ ? scale * weights_.second : scale, e, -scale * sum_g_ * p_factor, out_, n);
+      bool has_label = label_ >= start && label_ < start + n;
       if (excludes_ && has_label) out_[label_ - start] = scale * sum_g_;
     } else {
       fill(out_, Real(0), n);
     }
+    finish_block(start, n, e, p_factor, out_);
+  }
+
+  // The label and z-loss terms added to a block of the gradient, which is then stored.
+  void finish_block(int64_t start, int64_t n, const Real* e, Real p_factor, Real* out) {
     if (ce_scale_ != 0 || z_scale_ != 0) {
       Real scale = unit_scale_ * upstream_, ce = ce_scale_ * upstream_;
       Real uniform = ce * smoothing_ / static_cast<Real>(p_.vocab);
       if (unit_is_student_) {
-        add_scaled(e, scale * p_factor, uniform, out_, n);
+        add_scaled(e, scale * p_factor, uniform, out, n);
       } else {
         add_unit(load(full_student_, start, n, buffer_unit_), unit_.anchor,
-                 static_cast<Real>(std::exp(-unit_.log_z)) * scale, uniform, out_, n);
+                 static_cast<Real>(std::exp(-unit_.log_z)) * scale, uniform, out, n);
       }
-      if (ce_scale_ != 0 && has_label) out_[label_ - start] -= ce * (1 - smoothing_);
+      bool has_label = label_ >= start && label_ < start + n;
+      if (ce_scale_ != 0 && has_label) out[label_ - start] -= ce * (1 - smoothing_);
     }
-    store(out_, gradient_row(p_.student_grad), p_.student_grad.dtype, start, n);
+    char* row = gradient_row(p_.student_grad);
+    if (reinterpret_cast<char*>(out) != row + start * size_of(p_.student_grad.dtype)) {
+      store(out, row, p_.student_grad.dtype, start, n);
+    }
   }
 
-  // The teacher's gradient of one block from q (in out_teacher_), φ and G, into out_teacher_.
+  // The teacher's gradient of one block, (H − q·ΣH)·scale, from q in out_teacher_ and H in extra_, into out_teacher_.
   void teacher_block(int64_t start, int64_t n) {
     if (kd_scale_ == 0) return fill(out_teacher_, Real(0), n);
     Real scale = kd_scale_ * upstream_ * teacher_.inverse_temperature;
-    Real phi = 1, g = -1, sum_h = divergence_ - sum_g_;  // H = φ·phi + G·g
+    Real factor = 1, sum_h = divergence_ - sum_g_, at_label = 0;
     if (effective_ == Divergence::ab) {
-      phi = weights_.first + weights_.second;
-      sum_h = phi * divergence_ - sum_g_;
+      sum_h = (weights_.first + weights_.second) * divergence_ - sum_g_;
     } else if (effective_ == Divergence::renyi) {
-      phi = 0;
       sum_h = weights_.first / (weights_.first - 1);
-      g = -sum_h;
     } else if (excludes_) {
-      phi = weights_.second;
-      g = -phi;
-      sum_h = phi * divergence_;
-    }
-    Real at_label = 0;
-    if (excludes_) {
+      factor = weights_.second;
       at_label = weights_.first * label_and_rest().odds_gradient;
-      sum_h += at_label;
+      sum_h = factor * divergence_ + at_label;
     }
-    teacher_gradient(phis_, phi, et_, g, out_teacher_, sum_h, scale, n);
+    combine(extra_, scale * factor, out_teacher_, -scale * sum_h, out_teacher_, n);
     if (excludes_ && label_ >= start && label_ < start + n) {
       out_teacher_[label_ - start] = at_label * scale;
     }
   }
 
+  static constexpr Dtype kOwnDtype = sizeof(Real) == 8 ? Dtype::float64 : Dtype::float32;
+
   const Problem<Real>& p_;
   const int64_t blocks_;
   Real *es_, *et_;  // a row each: exponentials, then p and G
-  Real *buffer_s_, *buffer_t_, *buffer_unit_, *phis_, *out_, *out_teacher_;         // a block each
+  Real *buffer_s_, *buffer_t_, *buffer_unit_, *extra_, *out_, *out_teacher_;         // a block each
   Real *max_s_, *sum_s_, *max_t_, *sum_t_, *max_unit_, *sum_unit_;                  // one a block
   int64_t i_ = 0, label_ = -1;
   Real kd_scale_ = 0, ce_scale_ = 0, z_scale_ = 0, unit_scale_ = 0, upstream_ = 1;
@@ -651,7 +636,7 @@ void scale_rows(const Matrix& matrix, const Real* factor, int64_t stride, int64_
       int64_t n = matrix.columns - start < kBlock ? matrix.columns - start : kBlock;
       const Real* x = load(row, start, n, buffer);
       combine(x, by, x, Real(0), buffer, n);
-      store(buffer, matrix.data + i * matrix.stride * size_of(matrix.dtype), matrix.dtype, start, n);
+      store(buffer, matrix.row(i), matrix.dtype, start, n);
     }
   }
 }

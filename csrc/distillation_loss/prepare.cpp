@@ -7,19 +7,7 @@ namespace kd {
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (cpu_level()) {
-    case avx512:
-      return kernels_avx512;
-    case avx2:
-      return kernels_avx2;
-    default:
-      break;
-  }
-#endif
-  return kernels_baseline;
-}
+const Kernels& kernels() { return KD_AT_CPU_LEVEL(kernels); }
 
 int64_t find_bad_label(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t vocab) {
   for (int64_t i = 0; i < n; ++i) {

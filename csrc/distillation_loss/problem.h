@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "../arguments.h"
 #include "../divergences.h"
-#include "../dtype.h"
 
 namespace kd {
 
@@ -35,23 +35,6 @@ enum Line {
   kLabelLogProb,
   kAgreement,
   kLinesWithStats,
-};
-
-// A number, or a tensor of one value (stride 0) or one value a row (stride 1).
-template <class Real>
-struct Parameter {
-  double value = 0;
-  const Real* data = nullptr;
-  int64_t stride = 0;
-  Real at(int64_t row) const { return data ? data[row * stride] : static_cast<Real>(value); }
-};
-
-// N rows of logits or of their gradient; strides in elements, columns contiguous.
-struct Matrix {
-  char* data = nullptr;
-  Dtype dtype = Dtype::float32;
-  int64_t stride = 0;
-  int64_t columns = 0;
 };
 
 enum Mask : uint8_t { kKdCounts = 1, kCeCounts = 2 };
@@ -100,8 +83,5 @@ struct Kernels {
 };
 
 const Kernels& kernels();  // for this machine's CPU level
-
-// Rows a thread should take at least: a task of less than about 10 µs costs more to hand out than to run.
-inline int64_t grain(int64_t vocab) { return 16384 / vocab + 1; }
 
 }  // namespace kd

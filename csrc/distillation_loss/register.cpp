@@ -13,41 +13,6 @@
 namespace kd {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-template <class Real>
-constexpr ScalarType real_type = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
-
-Matrix matrix_of(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2, "kdkernels: ", name, " must have two dimensions");
-  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.size(0) == 0 || tensor.stride(1) == 1, "kdkernels: ", name,
-                  " must have columns of stride 1");
-  return {static_cast<char*>(const_cast<void*>(tensor.data_ptr())), dtype_of(tensor),
-          tensor.stride(0), tensor.size(1)};
-}
-
-template <class Real>
-const Real* reals(const Tensor& tensor, const char* name, int64_t n) {
-  STD_TORCH_CHECK(tensor.scalar_type() == real_type<Real>, "kdkernels: ", name,
-                  " must have the dtype that the loss is computed in");
-  STD_TORCH_CHECK(tensor.numel() == 1 || tensor.numel() == n, "kdkernels: ", name,
-                  " must have one value, or one a row");
-  STD_TORCH_CHECK(tensor.dim() == 0 || tensor.numel() <= 1 || tensor.stride(0) == 1, "kdkernels: ", name,
-                  " must be contiguous");
-  return static_cast<const Real*>(tensor.data_ptr());
-}
-
-template <class Real>
-Parameter<Real> parameter(double value, const OptionalTensor& tensor, const char* name, int64_t n) {
-  Parameter<Real> result;
-  result.value = value;
-  if (tensor) {
-    result.data = reals<Real>(*tensor, name, n);
-    result.stride = tensor->numel() == 1 ? 0 : 1;
-  }
-  return result;
-}
-
 Divergence divergence_named(const std::string& name) {
   int which = 0;
   for (const char* known : divergence_names) {
@@ -63,12 +28,6 @@ Reduction reduction_named(const std::string& name) {
   if (name == "none") return Reduction::none;
   STD_TORCH_CHECK(name == "mean", "kdkernels: reduction '", name, "' is unknown");
   return Reduction::mean;
-}
-
-Tensor fresh_like(const Tensor& like) {
-  Tensor result = torch::stable::new_empty(like, {like.size(0), like.size(1)});
-  advise_huge_pages(result.data_ptr(), result.numel() * size_of(dtype_of(like)));
-  return result;
 }
 
 // Everything of a problem that forward and backward share.
@@ -93,12 +52,6 @@ Problem<Real> problem_of(const Tensor& student, const Tensor& teacher, const Opt
   STD_TORCH_CHECK(problem.divergence != Divergence::dkd || labels, "kdkernels: dkd needs labels");
   problem.label_smoothing = label_smoothing;
   return problem;
-}
-
-template <class Real, class RowFunction>
-void over_rows(const Problem<Real>& problem, RowFunction rows) {
-  torch::stable::parallel_for(0, problem.n, grain(problem.vocab),
-                              [&](int64_t begin, int64_t end) { rows(problem, begin, end); });
 }
 
 // The options of a forward, in the order of the schema.
@@ -182,9 +135,9 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teac
 
   prepare(problem);
   if constexpr (std::is_same_v<Real, float>) {
-    over_rows(problem, kernels().forward_float);
+    over_rows(problem.n, problem.vocab, problem, kernels().forward_float);
   } else {
-    over_rows(problem, kernels().forward_double);
+    over_rows(problem.n, problem.vocab, problem, kernels().forward_double);
   }
   if (!none) {
     double sum = 0;
@@ -262,9 +215,9 @@ void run_backward(const Tensor& grad_loss, const Tensor& student, const Tensor& 
   if (student_grad) problem.student_grad = matrix_of(*student_grad, "student_grad");
   if (teacher_grad) problem.teacher_grad = matrix_of(*teacher_grad, "teacher_grad");
   if constexpr (std::is_same_v<Real, float>) {
-    over_rows(problem, kernels().backward_float);
+    over_rows(problem.n, problem.vocab, problem, kernels().backward_float);
   } else {
-    over_rows(problem, kernels().backward_double);
+    over_rows(problem.n, problem.vocab, problem, kernels().backward_double);
   }
 }
 

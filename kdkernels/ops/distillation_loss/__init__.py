@@ -13,7 +13,6 @@ writes the gradient with the upstream factor in it. ``reference.py`` is the same
 """
 
 import inspect
-import math
 from collections import namedtuple
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ...divergences import Divergence, Parameter, resolve
 from .. import _backend
+from .._common import check_floats, no_double_backward, option_pair, two_dimensional
 from . import reference
 
 _FORWARD = (
@@ -50,7 +50,6 @@ _backend.define(SCHEMAS, reference)
 _Options = namedtuple("_Options", [argument.split()[-1] for argument in _FORWARD.split(", ")[2:]])
 
 REDUCTIONS = ("batchmean", "sum", "none", "mean")
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class DistillationStats(NamedTuple):
@@ -92,7 +91,7 @@ def distillation_loss(
 
     Args:
         student_logits: (..., V) float64, float32, bfloat16 or float16; any leading shape (N tokens in all) and row stride.
-        teacher_logits: (..., V) of the same shape; its dtype may differ.
+        teacher_logits: (..., V) of the same shape; its dtype may differ, and with ``vocab_size`` its padding.
         labels: (...) integer column numbers, or ``ignore_index``; not shifted. Needed for ``ce_weight`` and DKD.
         divergence: a name in ``kdkernels.divergences.DIVERGENCES`` or an object made by one of those functions.
         temperature: τs > 0 divides the student's logits. A float, a 0-d tensor, or one value a token (leading shape).
@@ -295,13 +294,11 @@ def _prepare(
     backend: str | None = None,
 ) -> _Call:
     """Checks every argument and turns it into what the ops take."""
-    _check_logits(student_logits, teacher_logits)
+    _check_logits(student_logits, teacher_logits, vocab_size)
     chosen, _ = _backend.choose(backend, student_logits.device)
     leading, columns = student_logits.shape[:-1], student_logits.shape[-1]
     if vocab_size is None:
         vocab_size = columns
-    elif not 1 <= vocab_size <= columns:
-        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the {columns} columns given")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}; accepted: {', '.join(REDUCTIONS)}")
     if not 0 <= label_smoothing <= 1:
@@ -338,18 +335,18 @@ def _prepare(
         teacher_temperature = temperature
     normalizer_pair: tuple[float | None, Tensor | None] = (None, None)
     if normalizer is not None:
-        normalizer_pair = _pair("normalizer", normalizer, torch.Size(()), *rest[1:])
+        normalizer_pair = option_pair("normalizer", normalizer, torch.Size(()), *rest[1:])
     options = (
         pass_labels,
         token_weights,
         member.name,
-        *_pair(f"{member.name}'s first parameter", member.first, *rest),
-        *_pair(f"{member.name}'s second parameter", member.second, *rest),
-        *_pair("temperature", temperature, *rest, positive=True),
-        *_pair("teacher_temperature", teacher_temperature, *rest, positive=True),
-        *_pair("kd_weight", kd_weight, *rest),
-        *_pair("ce_weight", ce_weight, *rest),
-        *_pair("z_loss_weight", z_loss_weight, *rest),
+        *option_pair(f"{member.name}'s first parameter", member.first, *rest),
+        *option_pair(f"{member.name}'s second parameter", member.second, *rest),
+        *option_pair("temperature", temperature, *rest, positive=True),
+        *option_pair("teacher_temperature", teacher_temperature, *rest, positive=True),
+        *option_pair("kd_weight", kd_weight, *rest),
+        *option_pair("ce_weight", ce_weight, *rest),
+        *option_pair("z_loss_weight", z_loss_weight, *rest),
         *normalizer_pair,
         t_squared,
         float(label_smoothing),
@@ -361,7 +358,7 @@ def _prepare(
     )
     if not teacher_grad:
         teacher_logits = teacher_logits.detach()
-    student = _two_dimensional(student_logits, columns)
+    student = two_dimensional(student_logits, columns)
     if inplace:
         if student.data_ptr() != student_logits.data_ptr() or 0 in student.stride():
             raise ValueError(
@@ -371,29 +368,35 @@ def _prepare(
     if chosen == "reference" and pass_labels is not None:
         _check_labels(pass_labels, ignore_index, vocab_size)
     return _Call(
-        student, _two_dimensional(teacher_logits, columns), chosen, options, leading, teacher_grad
+        student,
+        two_dimensional(teacher_logits, teacher_logits.shape[-1]),
+        chosen,
+        options,
+        leading,
+        teacher_grad,
     )
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
+def _check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} is a {type(logits).__name__}; accepted: Tensor")
-        if logits.dtype not in FLOATS:
-            accepted = ", ".join(str(dtype) for dtype in FLOATS)
-            raise TypeError(f"{name} has dtype {logits.dtype}; accepted: {accepted}")
-    if student.dim() < 1 or student.shape[-1] == 0:
-        raise ValueError(
-            f"student_logits has shape {tuple(student.shape)}; accepted: (..., V) with V >= 1"
-        )
-    if teacher.shape != student.shape:
+        check_floats(name, logits)
+        if logits.dim() < 1 or logits.shape[-1] == 0:
+            raise ValueError(
+                f"{name} has shape {tuple(logits.shape)}; accepted: (..., V) with V >= 1"
+            )
+    if teacher.shape[:-1] != student.shape[:-1] or (
+        vocab_size is None and teacher.shape != student.shape
+    ):
         raise ValueError(
             f"teacher_logits has shape {tuple(teacher.shape)}; accepted: student_logits' "
-            f"{tuple(student.shape)} (pad or slice the wider vocabulary, see vocab_size)"
+            f"{tuple(student.shape)}, or another number of columns with vocab_size= the true one"
         )
+    widest = min(student.shape[-1], teacher.shape[-1])
+    if vocab_size is not None and not 1 <= vocab_size <= widest:
+        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the {widest} columns given")
     if teacher.device != student.device:
         raise ValueError(
             f"teacher_logits is on {teacher.device}; accepted: student_logits' device {student.device}"
@@ -421,39 +424,6 @@ def label_error(row: int, label: int, ignore_index: int, vocab_size: int) -> str
     return (
         f"labels[{row}] is {label}; accepted: 0 to {vocab_size - 1}, or ignore_index {ignore_index}"
     )
-
-
-def _pair(
-    name: str,
-    value: Parameter,
-    leading: torch.Size,
-    device: torch.device,
-    compute: torch.dtype,
-    positive: bool = False,
-) -> tuple[float, Tensor | None]:
-    """(number, None) or (0, tensor of 1 or N values): what the schemas take for an option that may be either."""
-    if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} is a {type(value).__name__}; accepted: float or Tensor")
-        if not math.isfinite(value) or (positive and value <= 0):
-            accepted = "a finite float" + (" > 0" if positive else "")
-            raise ValueError(f"{name}={value}; accepted: {accepted}, or a Tensor")
-        return float(value), None
-    if value.dim() and value.shape != leading:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; accepted: a float, (), or {tuple(leading)}"
-        )
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}; accepted: the logits' device {device}")
-    if value.requires_grad:
-        raise ValueError(f"{name} requires grad; accepted: a float, or a tensor without gradient")
-    return 0.0, value.reshape(-1).to(compute)
-
-
-def _two_dimensional(logits: Tensor, columns: int) -> Tensor:
-    """(N, columns) with columns of stride 1: a view wherever the strides allow one."""
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, columns)
-    return rows if columns == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
 def _run(backend: str, op: str, *args: Any) -> Any:
@@ -521,7 +491,7 @@ class _InPlace(torch.autograd.Function):
         # Whoever else saved these logits must get PyTorch's own error. Not mark_dirty: it loses the gradient where the
         # logits are a compiled graph's input.
         torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student.detach(), teacher_grad, teacher)
+        ctx.save_for_backward(student, teacher_grad, teacher)
         ctx.backend, ctx.spent = backend, False
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
@@ -537,33 +507,16 @@ class _InPlace(torch.autograd.Function):
                 "accepted: inplace=False where a graph is walked twice"
             )
         ctx.spent = True
-        student_grad, teacher_grad, teacher = ctx.saved_tensors
+        student, teacher_grad, teacher = ctx.saved_tensors
+        student_grad = student.detach()
         with torch.no_grad():
             for grad, needed in zip((student_grad, teacher_grad), ctx.needs_input_grad, strict=False):
                 if needed:
                     _run(ctx.backend, "scale_rows_", grad, grad_loss)
-        return _hand_over(ctx, (student_grad, teacher_grad), grad_loss, teacher)
+        return _hand_over(ctx, (student_grad, teacher_grad), grad_loss, student, teacher)
 
 
 def _hand_over(ctx, grads, *differentiable):
     """The gradients of a backward, guarded where somebody wants to differentiate them again."""
-    wanted = [
-        grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)
-    ]
-    if torch.is_grad_enabled():
-        wanted = [_NoDoubleBackward.apply(g, *differentiable) if g is not None else g for g in wanted]
+    wanted = no_double_backward(ctx, grads, *differentiable)
     return *wanted, None, *(None,) * len(_Options._fields)
-
-
-class _NoDoubleBackward(torch.autograd.Function):
-    """Identity whose backward raises: a gradient penalty must fail by name, not be dropped in silence."""
-
-    @staticmethod
-    def forward(ctx, grad, *differentiable):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(
-            "double backward through a kdkernels op is not implemented; accepted: first derivatives"
-        )

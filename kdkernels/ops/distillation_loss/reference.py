@@ -104,10 +104,10 @@ def distillation_loss_backward(
     exclude = divergence == "dkd"
     row = _Row(s, t, line["temperature"], line["teacher_temperature"], labels, exclude)
 
-    phi, g = TERMS[divergence](row.a, row.b, row.p, row.q, first, second)
+    _, g, h = TERMS[divergence](row.a, row.b, row.p, row.q, first, second)
     sum_g, d = line["sum_g"][:, None], line["divergence"][:, None]
     degree = first + second if divergence == "ab" else 1.0
-    h, sum_h = degree * phi - g, degree * d - sum_g
+    sum_h = degree * d - sum_g
     if divergence == "renyi":
         tilted = torch.exp(geometric(row.a, row.b, first) - sum_g)
         limit = first == 1
@@ -115,9 +115,9 @@ def distillation_loss_backward(
         g, sum_g = torch.where(limit, g, -tilted), torch.where(limit, 0.0, -1.0)
         h, sum_h = torch.where(limit, h, factor * tilted), torch.where(limit, d, factor)
     if exclude:
-        g, h, sum_h = second * g, second * (phi - g), second * d
-        odds = first * (row.teacher_odds - row.student_odds) * row.teacher_label_prob
-        binary_h = torch.where(row.teacher_label_prob == 0, 0.0, odds * row.teacher_rest_prob)
+        g, h, sum_h = second * g, second * h, second * d
+        both = row.teacher_label_prob * row.teacher_rest_prob
+        binary_h = first * _zero_wins(both, row.teacher_odds - row.student_odds)
         at_label = row.at_label
         g = torch.where(at_label, sum_g, g)  # p and q are 0 there
         h, sum_h = torch.where(at_label, binary_h, h), sum_h + binary_h
@@ -308,7 +308,7 @@ def _divergence_sums(
     divergence: str, row: _Row, first: Tensor, second: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(D, ΣG) of each row; for Rényi (D, log B)."""
-    phi, g = TERMS[divergence](row.a, row.b, row.p, row.q, first[:, None], second[:, None])
+    phi, g, _ = TERMS[divergence](row.a, row.b, row.p, row.q, first[:, None], second[:, None])
     d, sum_g = phi.sum(1).clamp(min=0), g.sum(1)
     if divergence in ("forward_kl", "dkd"):
         sum_g = torch.zeros_like(sum_g)  # Σp − Σq

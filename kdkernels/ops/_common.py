@@ -1,0 +1,77 @@
+"""What several ops share: checks of their arguments, and the guard of their backwards."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..divergences import Parameter
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_floats(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; accepted: Tensor")
+    if value.dtype not in FLOATS:
+        accepted = ", ".join(str(dtype) for dtype in FLOATS)
+        raise TypeError(f"{name} has dtype {value.dtype}; accepted: {accepted}")
+
+
+def option_pair(
+    name: str,
+    value: Parameter,
+    leading: torch.Size,
+    device: torch.device,
+    compute: torch.dtype,
+    positive: bool = False,
+) -> tuple[float, Tensor | None]:
+    """(number, None) or (0, tensor of 1 or N values): what the schemas take for an option that may be either."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is a {type(value).__name__}; accepted: float or Tensor")
+        if not math.isfinite(value) or (positive and value <= 0):
+            accepted = "a finite float" + (" > 0" if positive else "")
+            raise ValueError(f"{name}={value}; accepted: {accepted}, or a Tensor")
+        return float(value), None
+    if value.dim() and value.shape != leading:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; accepted: a float, (), or {tuple(leading)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; accepted: the logits' device {device}")
+    if value.requires_grad:
+        raise ValueError(f"{name} requires grad; accepted: a float, or a tensor without gradient")
+    return 0.0, value.reshape(-1).to(compute)
+
+
+def two_dimensional(x: Tensor, columns: int) -> Tensor:
+    """(N, columns) with columns of stride 1: a view wherever the strides allow one."""
+    rows = x if x.dim() == 2 else x.reshape(-1, columns)
+    return rows if columns == 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def no_double_backward(ctx: Any, grads: Sequence[Tensor], *differentiable: Tensor) -> list[Tensor | None]:
+    """The gradients of a backward that are needed, guarded where somebody wants to differentiate them again."""
+    wanted = [
+        grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)
+    ]
+    if torch.is_grad_enabled():
+        wanted = [_NoDoubleBackward.apply(g, *differentiable) if g is not None else g for g in wanted]
+    return wanted
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    """Identity whose backward raises: a gradient penalty must fail by name, not be dropped in silence."""
+
+    @staticmethod
+    def forward(ctx, grad, *differentiable):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "double backward through a kdkernels op is not implemented; accepted: first derivatives"
+        )
