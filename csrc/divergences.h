@@ -167,10 +167,10 @@ struct Alpha {
 struct TotalVariation {
   static constexpr bool sum_g_is_zero = false;
   template <class Real>
-  static KD_INLINE Term<Real> term(Real, Real, Real p, Real q, const Weights<Real>&) {
-    Real half = Real(0.5), difference = p - q;
-    Real sign = difference > 0 ? half : (difference < 0 ? -half : difference);
-    return {half * absolute(difference), p * sign, -q * sign};
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>&) {
+    Real half = Real(0.5);
+    Real sign = a > b ? half : (a < b ? -half : (a == b ? Real(0) : a - b));
+    return {sign * (p - q), p * sign, -q * sign};
   }
 };
 

@@ -86,7 +86,7 @@ KD_INLINE double exp2m1_ratio(double r) {
 
 template <class Real>
 KD_INLINE Real exp2_fraction(Real r) {
-  return 1 + r * exp2m1_ratio(r);
+  return r * exp2m1_ratio(r) + Real(1);
 }
 
 // 2^(x·c) for x ≤ 0 < c: what a softmax needs. 0 below the normal numbers; NaN kept. The product is never rounded where the
@@ -97,7 +97,7 @@ KD_INLINE Real exp2_scaled(Real x, Real c) {
   using Bits = typename F::Bits;
   constexpr Real magic = F::round + F::bias;
   Real shifted = x * c + magic;
-  Real fraction = x * c - (shifted - magic);
+  Real fraction = x * c + (magic - shifted);
   Real power = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(shifted) << F::mantissa));
   Real y = exp2_fraction(fraction) * power;
   return x < F::lowest / c ? Real(0) : y;
@@ -125,7 +125,7 @@ KD_INLINE Real exp(Real x) {
   using F = Format<Real>;
   using Bits = typename F::Bits;
   Real shifted = x * high + F::round;
-  Real fraction = (x * high - (shifted - F::round)) + x * low;
+  Real fraction = x * low + (x * high + (F::round - shifted));
   Bits exponent = static_cast<Bits>(bits_as<Bits>(shifted) << F::mantissa);
   Real y = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(exp2_fraction(fraction)) + exponent));
   y = x < F::lowest / high ? Real(0) : y;
@@ -177,7 +177,7 @@ KD_INLINE Real expm1_nonpositive(Real x) {
   constexpr Real magic = F::round + F::bias, c = log2_e<Real>;
   x = x < -64 ? Real(-64) : x;
   Real shifted = x * c + magic;
-  Real fraction = x * c - (shifted - magic);
+  Real fraction = x * c + (magic - shifted);
   Real power = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(shifted) << F::mantissa));
   return power * (fraction * exp2m1_ratio(fraction)) + (power - 1);
 }
@@ -242,7 +242,7 @@ KD_INLINE Real log(Real x) {
   Bits exponent_bits = (bits_as<Bits>(normal) - F::sqrt_half) & (~Bits(0) << F::mantissa);
   Real exponent = exponent_value(exponent_bits) - (x < smallest ? Real(F::mantissa) : Real(0));
   Real f = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(normal) - exponent_bits)) - 1;
-  Real result = f * log1p_ratio(f) + exponent * Real(0.69314718055994531);
+  Real result = exponent * Real(0.69314718055994531) + f * log1p_ratio(f);
   result = x > 0 ? result : (x == 0 ? -infinity<Real>() : std::numeric_limits<Real>::quiet_NaN());
   return x < infinity<Real>() ? result : x;
 }
@@ -257,7 +257,7 @@ KD_INLINE Real log1p_nonpositive(Real y) {
   Real exponent = exponent_value(exponent_bits);
   Real mantissa = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(u) - exponent_bits));
   Real f = exponent_bits == 0 ? y : mantissa - 1;
-  Real result = f * log1p_ratio(f) + exponent * Real(0.69314718055994531);
+  Real result = exponent * Real(0.69314718055994531) + f * log1p_ratio(f);
   return y <= 0 ? result : y;
 }
 

@@ -8,7 +8,8 @@
 
 namespace kd {
 
-// Per-thread memory that outlives the call: allocating it anew costs a page fault per 4 KiB, 60 µs for a row of 128k.
+// Per-thread memory that outlives the call: allocating it anew costs a page fault per 4 KiB, 60 µs
+// for a row of 128k.
 template <class Real>
 struct Scratch {
   struct Free {

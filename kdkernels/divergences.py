@@ -162,7 +162,7 @@ def resolve(divergence: str | Divergence) -> Divergence:
             f"divergence={divergence!r} is unknown; accepted: {', '.join(DIVERGENCES)}, "
             "or an object made by kdkernels.divergences"
         )
-    return DIVERGENCES[divergence]()
+    return _DEFAULTS[divergence]
 
 
 def allowed(name: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,3 +351,5 @@ DIVERGENCES: dict[str, Callable[..., Divergence]] = {
     "ab": ab,
     "dkd": dkd,
 }
+
+_DEFAULTS = {name: make() for name, make in DIVERGENCES.items()}

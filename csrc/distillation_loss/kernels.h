@@ -20,42 +20,52 @@ namespace {
 template <class Real>
 struct Softmax {
   Real anchor, inverse_temperature, log_z;
+  KD_INLINE Real log_probability(Real x) const {
+    return (x - anchor) * inverse_temperature - log_z;
+  }
 };
 
 // ---- one block of terms ----
 
-// What block_terms leaves: nothing; p over es and G over et; those and H in `extra`; or G·scale in `extra` alone.
-enum class Keep { nothing, gradient, both_gradients, scaled_gradient };
+// What block_terms writes: φ and G where they are to be summed (G unless ΣG = 0 is known); p over es and G over et where the
+// student's gradient comes later, H besides where the teacher's does, or G·scale where no sum is needed for it.
+enum class Keep { sums, sums_and_gradient, sums_and_scaled_gradient, gradient, both_gradients };
 
-// From exponentials e·factor = probability and the logits: the sums of φ and G, and what is to be kept.
+template <class Real>
+struct TermBuffers {
+  Real *phi, *g, *h;  // a block each; g also holds G·scale
+};
+
+// One block, from exponentials (e·factor is the probability) and logits.
 template <class D, Keep keep, class Real>
-KD_TARGET __attribute__((noinline)) Term<Real> block_terms(const Real* s, const Real* t, Real* es,
-                                                           Real* et, Real* extra, int64_t n,
-                                                           Softmax<Real> student, Softmax<Real> teacher,
-                                                           Real student_factor, Real teacher_factor,
-                                                           Weights<Real> weights, Real scale) {
-  Real sum_phi = 0, sum_g = 0;
-#pragma omp simd reduction(+ : sum_phi, sum_g)
+KD_TARGET __attribute__((noinline)) void block_terms(const Real* s, const Real* t, Real* es, Real* et,
+                                                     TermBuffers<Real> out, int64_t n,
+                                                     Softmax<Real> student, Softmax<Real> teacher,
+                                                     Real student_factor, Real teacher_factor,
+                                                     Weights<Real> weights, Real scale) {
+  constexpr bool sums = keep == Keep::sums || keep == Keep::sums_and_gradient ||
+                        keep == Keep::sums_and_scaled_gradient;
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    Real p = es[i] * student_factor, q = et[i] * teacher_factor;
-    Real a = (s[i] - student.anchor) * student.inverse_temperature - student.log_z;
-    Real b = (t[i] - teacher.anchor) * teacher.inverse_temperature - teacher.log_z;
+    // absolute() only keeps the compiler from putting a product unrounded into p − q, which would then not be 0 where both
+    // rows are the same.
+    Real p = absolute(es[i] * student_factor), q = absolute(et[i] * teacher_factor);
+    Real a = student.log_probability(s[i]), b = teacher.log_probability(t[i]);
     Term<Real> term = D::term(a, b, p, q, weights);
-    sum_phi += term.phi;
-    if (!D::sum_g_is_zero) sum_g += term.g;
-    if (keep == Keep::gradient || keep == Keep::both_gradients) {
+    if (sums) out.phi[i] = term.phi;
+    if (keep == Keep::sums && !D::sum_g_is_zero) out.g[i] = term.g;
+    if (keep == Keep::sums_and_scaled_gradient) out.g[i] = term.g * scale;
+    if (keep == Keep::sums_and_gradient || keep == Keep::gradient || keep == Keep::both_gradients) {
       es[i] = p;
       et[i] = term.g;
     }
-    if (keep == Keep::both_gradients) extra[i] = term.h;
-    if (keep == Keep::scaled_gradient) extra[i] = term.g * scale;
+    if (keep == Keep::both_gradients) out.h[i] = term.h;
   }
-  return {sum_phi, sum_g, Real(0)};
 }
 
 template <class Real>
-using BlockTerms = Term<Real> (*)(const Real*, const Real*, Real*, Real*, Real*, int64_t,
-                                  Softmax<Real>, Softmax<Real>, Real, Real, Weights<Real>, Real);
+using BlockTerms = void (*)(const Real*, const Real*, Real*, Real*, TermBuffers<Real>, int64_t,
+                            Softmax<Real>, Softmax<Real>, Real, Real, Weights<Real>, Real);
 
 template <Keep keep, class Real>
 BlockTerms<Real> block_terms_of(Divergence divergence) {
@@ -87,12 +97,11 @@ BlockTerms<Real> block_terms_of(Divergence divergence) {
 
 // ---- loops that only distillation_loss needs ----
 
-KD_LOOP Real block_entropy(const Real* x, const Real* e, Softmax<Real> row, Real factor, int64_t n) {
-  Real sum = 0;
+KD_LOOP double block_entropy(const Real* x, const Real* e, Softmax<Real> row, Real factor, int64_t n) {
+  double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    Real log_p = (x[i] - row.anchor) * row.inverse_temperature - row.log_z;
-    sum -= weighted(e[i] * factor, log_p);
+    sum -= static_cast<double>(weighted(e[i] * factor, row.log_probability(x[i])));
   }
   return sum;
 }
@@ -101,8 +110,7 @@ KD_LOOP void block_geometric(const Real* s, const Real* t, Softmax<Real> student
                              Softmax<Real> teacher, Real order, Real* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    Real a = (s[i] - student.anchor) * student.inverse_temperature - student.log_z;
-    Real b = (t[i] - teacher.anchor) * teacher.inverse_temperature - teacher.log_z;
+    Real a = student.log_probability(s[i]), b = teacher.log_probability(t[i]);
     out[i] = geometric(a, b, order);
   }
 }
@@ -122,13 +130,13 @@ KD_LOOP void fill(Real* out, Real value, int64_t n) {
 KD_LOOP void add_unit(const Real* x, Real anchor, Real scale, Real uniform, Real* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    out[i] += exp2_scaled(x[i] - anchor, log2_e<Real>) * scale - uniform;
+    out[i] = exp2_scaled(x[i] - anchor, log2_e<Real>) * scale + (out[i] - uniform);
   }
 }
 
 KD_LOOP void add_scaled(const Real* p, Real scale, Real uniform, Real* out, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] += p[i] * scale - uniform;
+  for (int64_t i = 0; i < n; ++i) out[i] = p[i] * scale + (out[i] - uniform);
 }
 
 KD_LOOP void fill_row(const Matrix& matrix, int64_t row, int64_t from) {
@@ -174,7 +182,7 @@ class RowKernel {
     thread_local Scratch<Real> scratch;
     // An odd number of cache lines between the two rows of exponentials: at multiples of 4 KiB their accesses would alias.
     int64_t padded = (p_.vocab + 15) / 16 * 16 + 16;
-    Real* memory = scratch.get(2 * padded + 6 * kBlock + 6 * blocks_);
+    Real* memory = scratch.get(2 * padded + 7 * kBlock + 6 * blocks_);
     auto take = [&memory](int64_t size) {
       Real* piece = memory;
       memory += size;
@@ -185,7 +193,8 @@ class RowKernel {
     buffer_s_ = take(kBlock);
     buffer_t_ = take(kBlock);
     buffer_unit_ = take(kBlock);
-    extra_ = take(kBlock);
+    phi_ = take(kBlock);
+    h_ = take(kBlock);
     out_ = take(kBlock);
     out_teacher_ = take(kBlock);
     max_s_ = take(blocks_);
@@ -214,7 +223,9 @@ class RowKernel {
     Real unit_lse = reads_unit_ ? unit_.anchor + unit_.log_z : Real(0);
     unit_scale_ = ce_scale_ + times(2 * z_scale_, unit_lse);
     bool one_pass = p_.student_grad.data != nullptr && p_.teacher_grad.data == nullptr;
+    // Before anything is written: in place, the gradient lies over the logits.
     if (stats_kd) entropies();
+    bool agrees = stats_kd && argmax(full_student_) == argmax(full_teacher_);
     if (reads_teacher_) kd = divergence(one_pass);
     if (one_pass && !written_) finish_row();
     if (one_pass) fill_row<Real>(p_.student_grad, i, p_.vocab);
@@ -235,8 +246,7 @@ class RowKernel {
       p_.line(kStudentEntropy, i) = stats_kd ? student_entropy_ : Real(0);
       p_.line(kTeacherEntropy, i) = stats_kd ? teacher_entropy_ : Real(0);
       p_.line(kLabelLogProb, i) = stats_ce ? label_log_prob : Real(0);
-      p_.line(kAgreement, i) =
-          stats_kd && argmax(full_student_) == argmax(full_teacher_) ? Real(1) : Real(0);
+      p_.line(kAgreement, i) = agrees ? Real(1) : Real(0);
     }
     if (p_.teacher_grad.data != nullptr) backward(i);
   }
@@ -271,20 +281,24 @@ class RowKernel {
       weights_.log_b = sum_g_;
       sum_g_ = -1;
     }
+    // Before a block is stored: in place, the label's logit is then gone.
+    bool reads_odds = wants_teacher && reads_teacher_ && excludes_;
+    odds_gradient_ = reads_odds ? label_and_rest().odds_gradient : Real(0);
     Real student_factor = std::exp(-student_.log_z), teacher_factor = std::exp(-teacher_.log_z);
     auto terms = wants_teacher ? block_terms_of<Keep::both_gradients, Real>(effective_)
                                : block_terms_of<Keep::gradient, Real>(effective_);
+    TermBuffers<Real> buffers{nullptr, nullptr, h_};
     for (int64_t start = 0; start < p_.vocab; start += kBlock) {
       int64_t n = block_size(start);
       Real p_factor = student_factor;
       if (reads_teacher_ || unit_is_student_) {
-        const Real* s = load(student_row_, start, n, buffer_s_);
+        const Real* s = load_padded(student_row_, start, columns(start), buffer_s_);
         exponentials(s, student_.anchor, student_c_, es_, n);
         if (reads_teacher_) {
-          const Real* t = load(teacher_row_, start, n, buffer_t_);
+          const Real* t = load_padded(teacher_row_, start, columns(start), buffer_t_);
           exponentials(t, teacher_.anchor, teacher_c_, et_, n);
           if (wants_teacher) combine(et_, teacher_factor, et_, Real(0), out_teacher_, n);
-          terms(s, t, es_, et_, extra_, n, student_, teacher_, student_factor, teacher_factor,
+          terms(s, t, es_, et_, buffers, n, student_, teacher_, student_factor, teacher_factor,
                 weights_, Real(0));
           p_factor = 1;
         }
@@ -293,7 +307,8 @@ class RowKernel {
       if (wants_teacher) teacher_block(start, n);
       if (wants_student) student_block(start, n, es_, p_factor, et_);
       if (wants_teacher) {
-        store(out_teacher_, gradient_row(p_.teacher_grad), p_.teacher_grad.dtype, start, n);
+        store(out_teacher_, gradient_row(p_.teacher_grad), p_.teacher_grad.dtype, start,
+              columns(start));
       }
     }
     if (wants_student) fill_row<Real>(p_.student_grad, i, p_.vocab);
@@ -311,7 +326,7 @@ class RowKernel {
     weights_ = {p_.line(kFirst, i), p_.line(kSecond, i), Real(0)};
     effective_ = select(p_.divergence, weights_.first);
     label_ = p_.labels ? p_.labels[i] : -1;
-    excludes_ = p_.divergence == Divergence::dkd;
+    excludes_ = p_.divergence == Divergence::dkd && p_.vocab > 1;  // one column leaves no rest
     smoothing_ = static_cast<Real>(p_.label_smoothing);
     upstream_ = 1;
     student_ = {Real(0), 1 / temperature_, Real(0)};
@@ -341,8 +356,12 @@ class RowKernel {
     if (p_.teacher_grad.data != nullptr) fill_row<Real>(p_.teacher_grad, i, 0);
   }
 
-  int64_t block_size(int64_t start) const {
+  // Columns of the block that starts here, and what its loops run over: those and the padding.
+  int64_t columns(int64_t start) const {
     return p_.vocab - start < kBlock ? p_.vocab - start : kBlock;
+  }
+  int64_t block_size(int64_t start) const {
+    return (columns(start) + kLanes - 1) / kLanes * kLanes;
   }
 
   static Real logit(const Row& row, int64_t column) {
@@ -356,6 +375,7 @@ class RowKernel {
   // row ahead: step 1 for the second half of its own, step 2 for the first half of the next.
   void prefetch_half(int64_t row, int64_t begin, int64_t n) const {
     if (row >= p_.n) return;
+    if (begin + n > p_.vocab) n = p_.vocab - begin;
     prefetch(row_of(p_.student, row, -1), begin, begin + n);
     if (reads_teacher_) prefetch(row_of(p_.teacher, row, -1), begin, begin + n);
   }
@@ -379,22 +399,22 @@ class RowKernel {
     for (int64_t k = 0; k < blocks_; ++k) {
       int64_t start = k * kBlock, n = block_size(start);
       prefetch_half(i_, (p_.vocab + start) / 2, n / 2);
-      const Real* s = load(student_row_, start, n, buffer_s_);
+      const Real* s = load_padded(student_row_, start, columns(start), buffer_s_);
       max_s_[k] = maximum(s, n);
       if (reads_teacher_ || unit_is_student_) {
         sum_s_[k] = exponentials(s, anchored(max_s_[k]), student_c_, es_ + start, n);
       }
       if (reads_unit_ && !unit_is_student_) {
-        if (excludes_) s = load(full_student_, start, n, buffer_unit_);
+        if (excludes_) s = load_padded(full_student_, start, columns(start), buffer_unit_);
         max_unit_[k] = excludes_ ? maximum(s, n) : max_s_[k];
         sum_unit_[k] = sum_of_exponentials(s, anchored(max_unit_[k]), log2_e<Real>, n);
       }
       if (reads_unit_ && smoothing_ != 0) {
         Real anchor = anchored(unit_is_student_ ? max_s_[k] : max_unit_[k]);
-        sum += total(s, anchor, n) + static_cast<double>(n) * anchor;
+        sum += total(s, anchor, columns(start)) + static_cast<double>(columns(start)) * anchor;
       }
       if (reads_teacher_) {
-        const Real* t = load(teacher_row_, start, n, buffer_t_);
+        const Real* t = load_padded(teacher_row_, start, columns(start), buffer_t_);
         max_t_[k] = maximum(t, n);
         sum_t_[k] = exponentials(t, anchored(max_t_[k]), teacher_c_, et_ + start, n);
       }
@@ -420,24 +440,25 @@ class RowKernel {
     }
     // ΣG = 0 is known of forward KL: its gradient needs no sum over the row and is finished here. (DKD's G has a factor.)
     written_ = one_pass && effective_ == Divergence::forward_kl && !excludes_ && kd_scale_ != 0;
-    auto terms = written_    ? block_terms<ForwardKL, Keep::scaled_gradient, Real>
-                 : one_pass ? block_terms_of<Keep::gradient, Real>(effective_)
-                            : block_terms_of<Keep::nothing, Real>(effective_);
+    auto terms = written_    ? block_terms<ForwardKL, Keep::sums_and_scaled_gradient, Real>
+                 : one_pass ? block_terms_of<Keep::sums_and_gradient, Real>(effective_)
+                            : block_terms_of<Keep::sums, Real>(effective_);
+    bool sum_g_is_zero = effective_ == Divergence::forward_kl;
     Real inverse_s = std::exp(-student_.log_z), inverse_t = std::exp(-teacher_.log_z);
     double sum_phi = 0, sum_g = 0;
     for (int64_t k = 0; k < blocks_; ++k) {
       int64_t start = k * kBlock, n = block_size(start);
       prefetch_half(i_ + 1, start / 2, n / 2);
-      Real* out = written_ ? output(start) : extra_;
+      TermBuffers<Real> buffers{phi_, written_ ? output(start) : out_, nullptr};
       Real student_factor = rescale(max_s_[k], student_.anchor, student_c_) * inverse_s;
-      Term<Real> sums = terms(load(student_row_, start, n, buffer_s_),
-                              load(teacher_row_, start, n, buffer_t_), es_ + start, et_ + start,
-                              out, n, student_, teacher_, student_factor,
-                              rescale(max_t_[k], teacher_.anchor, teacher_c_) * inverse_t, weights_,
-                              kd_scale_ * student_.inverse_temperature);
-      sum_phi += sums.phi;
-      sum_g += sums.g;
-      if (written_) finish_block(start, n, es_ + start, student_factor, out);
+      terms(load_padded(student_row_, start, columns(start), buffer_s_),
+            load_padded(teacher_row_, start, columns(start), buffer_t_), es_ + start, et_ + start,
+            buffers, n, student_, teacher_, student_factor,
+            rescale(max_t_[k], teacher_.anchor, teacher_c_) * inverse_t, weights_,
+            kd_scale_ * student_.inverse_temperature);
+      sum_phi += sum_of(phi_, n);
+      if (!sum_g_is_zero) sum_g += sum_of(one_pass ? et_ + start : out_, n);
+      if (written_) finish_block(start, n, es_ + start, student_factor, buffers.g);
     }
     divergence_ = static_cast<Real>(sum_phi < 0 ? 0 : sum_phi);
     if (effective_ == Divergence::renyi) {
@@ -459,8 +480,8 @@ class RowKernel {
     double sum = 0;
     for (int64_t k = 0; k < blocks_; ++k) {
       int64_t start = k * kBlock, n = block_size(start);
-      block_geometric(load(student_row_, start, n, buffer_s_),
-                      load(teacher_row_, start, n, buffer_t_), student_, teacher_, weights_.first,
+      block_geometric(load_padded(student_row_, start, columns(start), buffer_s_),
+                      load_padded(teacher_row_, start, columns(start), buffer_t_), student_, teacher_, weights_.first,
                       out_, n);
       Real block = maximum(out_, n), next = block > m ? block : m;
       double scaled = sum_of_exponentials(out_, anchored(next), log2_e<Real>, n);
@@ -476,7 +497,7 @@ class RowKernel {
 
   // log(p_label/p_rest), for a softmax over the rest.
   Real log_odds(const Row& row, const Softmax<Real>& rest) const {
-    return (logit(row, label_) - rest.anchor) * rest.inverse_temperature - rest.log_z;
+    return rest.log_probability(logit(row, label_));
   }
 
   // Entropies of both rows; for DKD of the whole rows, from the label's odds and the rest.
@@ -494,7 +515,7 @@ class RowKernel {
     Real inverse_z = std::exp(-softmax.log_z);
     for (int64_t k = 0; k < blocks_; ++k) {
       int64_t start = k * kBlock, n = block_size(start);
-      sum += block_entropy(load(row, start, n, buffer), e + start, softmax,
+      sum += block_entropy(load_padded(row, start, columns(start), buffer), e + start, softmax,
                            rescale(maxima[k], softmax.anchor, c) * inverse_z, n);
     }
     return static_cast<Real>(sum);
@@ -512,7 +533,7 @@ class RowKernel {
     int64_t column = 0;
     for (int64_t start = 0; start < p_.vocab; start += kBlock) {
       int64_t n = block_size(start);
-      const Real* x = load(row, start, n, buffer_unit_);
+      const Real* x = load_padded(row, start, columns(start), buffer_unit_);
       Real m = maximum(x, n);
       if (!(m > best)) continue;
       best = m;
@@ -536,7 +557,8 @@ class RowKernel {
   // Where a block of the student's gradient is put together: where it is to lie if that holds Reals, and nothing of the
   // logits under it is read again.
   Real* output(int64_t start) {
-    bool in_place = p_.student_grad.dtype == kOwnDtype && ce_scale_ == 0 && z_scale_ == 0;
+    bool in_place = p_.student_grad.dtype == kOwnDtype && ce_scale_ == 0 && z_scale_ == 0 &&
+                    columns(start) % kLanes == 0;
     return in_place ? reinterpret_cast<Real*>(gradient_row(p_.student_grad)) + start : out_;
   }
 
@@ -561,7 +583,7 @@ class RowKernel {
       if (unit_is_student_) {
         add_scaled(e, scale * p_factor, uniform, out, n);
       } else {
-        add_unit(load(full_student_, start, n, buffer_unit_), unit_.anchor,
+        add_unit(load_padded(full_student_, start, columns(start), buffer_unit_), unit_.anchor,
                  static_cast<Real>(std::exp(-unit_.log_z)) * scale, uniform, out, n);
       }
       bool has_label = label_ >= start && label_ < start + n;
@@ -569,11 +591,11 @@ class RowKernel {
     }
     char* row = gradient_row(p_.student_grad);
     if (reinterpret_cast<char*>(out) != row + start * size_of(p_.student_grad.dtype)) {
-      store(out, row, p_.student_grad.dtype, start, n);
+      store(out, row, p_.student_grad.dtype, start, columns(start));
     }
   }
 
-  // The teacher's gradient of one block, (H − q·ΣH)·scale, from q in out_teacher_ and H in extra_, into out_teacher_.
+  // The teacher's gradient of one block, (H − q·ΣH)·scale, from q in out_teacher_ and H in h_, into out_teacher_.
   void teacher_block(int64_t start, int64_t n) {
     if (kd_scale_ == 0) return fill(out_teacher_, Real(0), n);
     Real scale = kd_scale_ * upstream_ * teacher_.inverse_temperature;
@@ -584,10 +606,10 @@ class RowKernel {
       sum_h = weights_.first / (weights_.first - 1);
     } else if (excludes_) {
       factor = weights_.second;
-      at_label = weights_.first * label_and_rest().odds_gradient;
+      at_label = weights_.first * odds_gradient_;
       sum_h = factor * divergence_ + at_label;
     }
-    combine(extra_, scale * factor, out_teacher_, -scale * sum_h, out_teacher_, n);
+    combine(h_, scale * factor, out_teacher_, -scale * sum_h, out_teacher_, n);
     if (excludes_ && label_ >= start && label_ < start + n) {
       out_teacher_[label_ - start] = at_label * scale;
     }
@@ -598,12 +620,12 @@ class RowKernel {
   const Problem<Real>& p_;
   const int64_t blocks_;
   Real *es_, *et_;  // a row each: exponentials, then p and G
-  Real *buffer_s_, *buffer_t_, *buffer_unit_, *extra_, *out_, *out_teacher_;         // a block each
+  Real *buffer_s_, *buffer_t_, *buffer_unit_, *phi_, *h_, *out_, *out_teacher_;         // a block each
   Real *max_s_, *sum_s_, *max_t_, *sum_t_, *max_unit_, *sum_unit_;                  // one a block
   int64_t i_ = 0, label_ = -1;
   Real kd_scale_ = 0, ce_scale_ = 0, z_scale_ = 0, unit_scale_ = 0, upstream_ = 1;
   Real temperature_ = 1, student_c_ = 1, teacher_c_ = 1, smoothing_ = 0, mean_logit_ = 0;
-  Real divergence_ = 0, sum_g_ = 0, student_entropy_ = 0, teacher_entropy_ = 0;
+  Real divergence_ = 0, sum_g_ = 0, odds_gradient_ = 0, student_entropy_ = 0, teacher_entropy_ = 0;
   Weights<Real> weights_{};
   Divergence effective_ = Divergence::forward_kl;
   Row student_row_{}, teacher_row_{}, full_student_{}, full_teacher_{};

@@ -1,7 +1,8 @@
-// The elementwise kernels of kl_div for one instruction set (KD_TARGET). Included by cpu_<level>.cpp, nowhere else.
+// The elementwise kernels of kl_div for one instruction set (KD_TARGET). Included by
+// cpu_<level>.cpp, nowhere else.
 //
-// Elements are taken in logical order, a block at a time. What does not lie in memory that way, or is broadcast, is gathered into
-// the block's buffer first.
+// Elements are taken in logical order, a block at a time. What does not lie in memory that way, or
+// is broadcast, is gathered into the block's buffer first.
 #pragma once
 
 #include "../rows.h"
@@ -79,10 +80,10 @@ KD_INLINE Real term(Real x, Real t) {
 }
 
 template <bool log_target, class Real>
-KD_TARGET __attribute__((noinline)) Real sum_of_terms(const Real* x, const Real* t, int64_t n) {
-  Real sum = 0;
+KD_TARGET __attribute__((noinline)) double sum_of_terms(const Real* x, const Real* t, int64_t n) {
+  double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += term<log_target>(x[i], t[i]);
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(term<log_target>(x[i], t[i]));
   return sum;
 }
 
@@ -102,8 +103,8 @@ KD_TARGET __attribute__((noinline)) void input_gradient(const Real* t, const Rea
 
 // d/dt; 0 at zero probability, so that a softmax below it sees the limit 0·log 0 = 0 and not 0·∞.
 template <bool log_target, class Real>
-KD_TARGET __attribute__((noinline)) void target_gradient(const Real* x, const Real* t, const Real* g,
-                                                         Real* out, int64_t n) {
+KD_TARGET __attribute__((noinline)) void target_gradient(const Real* x, const Real* t,
+                                                         const Real* g, Real* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     Real weight = log_target ? exp(t[i]) : t[i], log_t = log_target ? t[i] : log(t[i]);

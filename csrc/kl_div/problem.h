@@ -36,7 +36,8 @@ struct Problem {
   Output input_grad, target_grad;
 };
 
-// Elements of a task, in logical order. Fixed, so that a sum does not depend on the number of threads.
+// Elements of a task, in logical order. Fixed, so that a sum does not depend on the number of
+// threads.
 constexpr int64_t kTask = 16384;
 
 // Tasks begin ≤ k < end.

@@ -1,5 +1,5 @@
-// kl_div on the CPU behind PyTorch's stable ABI: checks, allocation, threads. The schemas and what every argument means are in
-// kdkernels/ops/kl_div/__init__.py.
+// kl_div on the CPU behind PyTorch's stable ABI: checks, allocation, threads. The schemas and what
+// every argument means are in kdkernels/ops/kl_div/__init__.py.
 #include <tuple>
 #include <vector>
 
@@ -77,9 +77,8 @@ void run_forward(Problem& problem) {
   merge_dimensions(problem.sizes, {&problem.input, &problem.target});
   const Kernels& table = KD_AT_CPU_LEVEL(kernels);
   auto tasks = is_double(problem) ? table.forward_double : table.forward_float;
-  torch::stable::parallel_for(0, tasks_of(problem), 1, [&](int64_t begin, int64_t end) {
-    tasks(problem, begin, end);
-  });
+  torch::stable::parallel_for(0, tasks_of(problem), 1,
+                              [&](int64_t begin, int64_t end) { tasks(problem, begin, end); });
 }
 
 Tensor terms(Tensor input, Tensor target, bool log_target) {
@@ -125,9 +124,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor input, Tensor target, bo
   merge_dimensions(problem.sizes, {&problem.input, &problem.target, &problem.upstream});
   const Kernels& table = KD_AT_CPU_LEVEL(kernels);
   auto tasks = is_double(problem) ? table.backward_double : table.backward_float;
-  torch::stable::parallel_for(0, tasks_of(problem), 1, [&](int64_t begin, int64_t end) {
-    tasks(problem, begin, end);
-  });
+  torch::stable::parallel_for(0, tasks_of(problem), 1,
+                              [&](int64_t begin, int64_t end) { tasks(problem, begin, end); });
   return {gx, gt};
 }
 

@@ -1,9 +1,10 @@
-// The row kernels of softmax and log_softmax for one instruction set (KD_TARGET). Included by cpu_<level>.cpp, nowhere else.
+// The row kernels of softmax and log_softmax for one instruction set (KD_TARGET). Included by
+// cpu_<level>.cpp, nowhere else.
 //
-// forward, per row: maximum and exponentials block by block, each relative to its block's maximum, kept in a scratch that stays
-// in the second-level cache; then the output from them (log_softmax: from the input once more, nothing is kept).
-// backward: from the output, one sum over the row, then the gradient; upstream and output are read twice, the second time
-// from the cache.
+// forward, per row: maximum and exponentials block by block, each relative to its block's maximum,
+// kept in a scratch that stays in the second-level cache; then the output from them (log_softmax:
+// from the input once more, nothing is kept). backward: from the output, one sum over the row, then
+// the gradient; upstream and output are read twice, the second time from the cache.
 #pragma once
 
 #include <cmath>
@@ -15,7 +16,8 @@
 namespace kd::softmax {
 namespace {
 
-// log2(e)/temperature in two pieces: as one number it would cost a probability of e^−80 a relative error of 5e-6.
+// log2(e)/temperature in two pieces: as one number it would cost a probability of e^−80 a relative
+// error of 5e-6.
 template <class Real>
 struct Scale {
   Real high, low;
@@ -59,7 +61,8 @@ KD_LOOP void log_probabilities(const Real* x, Real anchor, Real inverse_temperat
   for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - anchor) * inverse_temperature - log_z;
 }
 
-// The backward's sums are in double: in the gradient they cancel against single columns wherever a row is nearly one-hot.
+// The backward's sums are in double: in the gradient they cancel against single columns wherever a
+// row is nearly one-hot.
 KD_LOOP void add_sum(const Real* x, double& total, int64_t n) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -76,7 +79,8 @@ KD_LOOP void add_weighted_sum(const Real* p, const Real* g, double& total, int64
   total += sum;
 }
 
-KD_LOOP void softmax_gradient(const Real* p, const Real* g, Real sum, Real scale, Real* out, int64_t n) {
+KD_LOOP void softmax_gradient(const Real* p, const Real* g, Real sum, Real scale, Real* out,
+                              int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = times(p[i], (g[i] - sum) * scale);
 }

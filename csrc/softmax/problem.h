@@ -1,4 +1,5 @@
-// One call of softmax or log_softmax as plain pointers and sizes, and the kernels that serve it. No torch header.
+// One call of softmax or log_softmax as plain pointers and sizes, and the kernels that serve it. No
+// torch header.
 #pragma once
 
 #include "../arguments.h"

@@ -1,5 +1,5 @@
-// softmax and log_softmax on the CPU behind PyTorch's stable ABI: checks, allocation, threads. The schemas and what every argument
-// means are in kdkernels/ops/softmax/__init__.py.
+// softmax and log_softmax on the CPU behind PyTorch's stable ABI: checks, allocation, threads. The
+// schemas and what every argument means are in kdkernels/ops/softmax/__init__.py.
 #include "../cpu_level.h"
 #include "../tensors.h"
 #include "problem.h"
@@ -13,8 +13,7 @@ Problem<Real> problem_of(const Tensor& x, const Tensor& output, double temperatu
   Problem<Real> problem;
   problem.x = matrix_of(x, "x");
   problem.output = matrix_of(output, "output");
-  problem.temperature =
-      parameter<Real>(temperature, temperature_tensor, "temperature", x.size(0));
+  problem.temperature = parameter<Real>(temperature, temperature_tensor, "temperature", x.size(0));
   problem.log = log;
   return problem;
 }

@@ -28,7 +28,7 @@ def option_pair(
     compute: torch.dtype,
     positive: bool = False,
 ) -> tuple[float, Tensor | None]:
-    """(number, None) or (0, tensor of 1 or N values): what the schemas take for an option that may be either."""
+    """(number, None) or (0, tensor of 1 or N values), as the schemas take an option."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} is a {type(value).__name__}; accepted: float or Tensor")
@@ -53,18 +53,22 @@ def two_dimensional(x: Tensor, columns: int) -> Tensor:
     return rows if columns == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def no_double_backward(ctx: Any, grads: Sequence[Tensor], *differentiable: Tensor) -> list[Tensor | None]:
-    """The gradients of a backward that are needed, guarded where somebody wants to differentiate them again."""
+def no_double_backward(
+    ctx: Any, grads: Sequence[Tensor], *differentiable: Tensor
+) -> list[Tensor | None]:
+    """The gradients that are needed, guarded where somebody would differentiate them again."""
     wanted = [
         grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)
     ]
     if torch.is_grad_enabled():
-        wanted = [_NoDoubleBackward.apply(g, *differentiable) if g is not None else g for g in wanted]
+        wanted = [
+            _NoDoubleBackward.apply(g, *differentiable) if g is not None else g for g in wanted
+        ]
     return wanted
 
 
 class _NoDoubleBackward(torch.autograd.Function):
-    """Identity whose backward raises: a gradient penalty must fail by name, not be dropped in silence."""
+    """Identity whose backward raises: a gradient penalty fails by name, not in silence."""
 
     @staticmethod
     def forward(ctx, grad, *differentiable):

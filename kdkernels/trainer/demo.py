@@ -209,12 +209,12 @@ Distilled minus cross-entropy alone, paired by seed: **{_points(gain)}**.
   but these figures. Every figure is that of the last step, {report["steps"]:,} steps each.
 - ± is the 95 % confidence interval of the mean over {report["seeds"]} seeds. A seed chooses the labelled
   images, the initial weights and the order of the data; the split and the teacher stay the same.
-- The student has {STUDENT_UNITS} hidden units. Distilled: 0.9 × KL(teacher, student) at temperature 4 (× 16) on
-  every image + 0.1 × cross-entropy on the labelled ones, one call of `kdkernels.distillation_loss`
-  with `mask_kd=False`. What the other {rest:,} labels say reaches it through the teacher alone, which
-  was trained on all {few + rest:,}.
-- "{ALL_LABELS}" is a yardstick and not distilled. That distillation helps where every image
-  has its label is not claimed: nothing here measures it.
+- The student has {STUDENT_UNITS} hidden units. Distilled: 0.9 × KL(teacher, student) at temperature 4 (× 16)
+  on every image + 0.1 × cross-entropy on the labelled ones, one call of
+  `kdkernels.distillation_loss` with `mask_kd=False`. What the other {rest:,} labels say reaches it
+  through the teacher alone, which was trained on all {few + rest:,}.
+- "{ALL_LABELS}" is a yardstick and not distilled. That distillation helps where every
+  image has its label is not claimed: nothing here measures it.
 - {report["seconds"]:.0f} s in all on {machine["cores"]} cores ({machine["processor"]}, {machine["device"]}), kdkernels {versions["kdkernels"]}, torch {versions["torch"]}.
 """
 

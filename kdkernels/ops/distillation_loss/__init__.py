@@ -13,7 +13,6 @@ writes the gradient with the upstream factor in it. ``reference.py`` is the same
 """
 
 import inspect
-from collections import namedtuple
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +45,10 @@ SCHEMAS = {
 }
 _backend.define(SCHEMAS, reference)
 
-# What the ops take after the two logits, by name.
-_Options = namedtuple("_Options", [argument.split()[-1] for argument in _FORWARD.split(", ")[2:]])
+# Where each option stands among what the ops take after the two logits.
+_PLACE = {
+    argument.split()[-1]: place for place, argument in enumerate(_FORWARD.split(", ")[2:])
+}
 
 REDUCTIONS = ("batchmean", "sum", "none", "mean")
 
@@ -444,12 +445,13 @@ class _Default(torch.autograd.Function):
     """Keeps the logits and their row statistics; the backward reads the logits once more."""
 
     @staticmethod
-    def forward(ctx, student, teacher, backend, *values):
-        options = _Options(*values)
+    def forward(ctx, student, teacher, backend, *options):
         loss, rows = _run(backend, "distillation_loss", student, teacher, *options)
-        ctx.save_for_backward(student, teacher, rows, options.labels)
+        ctx.save_for_backward(student, teacher, rows, options[_PLACE["labels"]])
         ctx.backend = backend
-        ctx.arguments = (options.divergence, options.label_smoothing, options.vocab_size)
+        ctx.arguments = [
+            options[_PLACE[name]] for name in ("divergence", "label_smoothing", "vocab_size")
+        ]
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
         return loss, rows
@@ -457,7 +459,7 @@ class _Default(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return (None,) * (3 + len(_Options._fields))
+            return (None,) * (3 + len(_PLACE))
         student, teacher, rows, labels = ctx.saved_tensors
         with torch.no_grad():
             grads = _run(
@@ -478,8 +480,7 @@ class _InPlace(torch.autograd.Function):
     """Writes the gradient over the student's logits in the forward; the backward hands it on."""
 
     @staticmethod
-    def forward(ctx, student, teacher, backend, *values):
-        options = _Options(*values)
+    def forward(ctx, student, teacher, backend, *options):
         loss, rows, teacher_grad = _run(
             backend,
             "distillation_loss_and_grad_",
@@ -500,7 +501,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return (None,) * (3 + len(_Options._fields))
+            return (None,) * (3 + len(_PLACE))
         if ctx.spent:
             raise RuntimeError(
                 "second backward through distillation_loss(inplace=True): its gradient was handed on by the first; "
@@ -519,4 +520,4 @@ class _InPlace(torch.autograd.Function):
 def _hand_over(ctx, grads, *differentiable):
     """The gradients of a backward, guarded where somebody wants to differentiate them again."""
     wanted = no_double_backward(ctx, grads, *differentiable)
-    return *wanted, None, *(None,) * len(_Options._fields)
+    return *wanted, None, *(None,) * len(_PLACE)

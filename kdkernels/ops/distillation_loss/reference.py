@@ -101,7 +101,7 @@ def distillation_loss_backward(
     t = torch.where(use_kd, teacher[:, :v].to(rows.dtype), 0.0)
     ts, tt = line["temperature"][:, None], line["teacher_temperature"][:, None]
     first, second = line["first"][:, None], line["second"][:, None]
-    exclude = divergence == "dkd"
+    exclude = divergence == "dkd" and v > 1  # one column leaves no rest
     row = _Row(s, t, line["temperature"], line["teacher_temperature"], labels, exclude)
 
     _, g, h = TERMS[divergence](row.a, row.b, row.p, row.q, first, second)
@@ -250,7 +250,7 @@ def _forward(
     s = torch.where(read_student[:, None], student[:, :v].to(dtype), 0.0)
     t = torch.where(read_teacher[:, None], teacher[:, :v].to(dtype), 0.0)
 
-    exclude = divergence == "dkd"
+    exclude = divergence == "dkd" and v > 1  # one column leaves no rest
     row = _Row(s, t, ts, tt, labels, exclude)
     d, sum_g = _divergence_sums(divergence, row, first_row, second_row)
     kd = d

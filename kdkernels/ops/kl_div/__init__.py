@@ -5,8 +5,9 @@ Per element, with x the input (log-probabilities) and t the target:
     log_target=False   t·(log t − x)      ∂/∂x = −t         ∂/∂t = log t + 1 − x
     log_target=True    exp(t)·(t − x)     ∂/∂x = −exp(t)    ∂/∂t = exp(t)·(t + 1 − x)
 
-and all of it 0 where the target's probability is 0, whatever the input. Where t = 0 the slope in t has no finite limit, but its
-product with a probability of 0 has: 0 is what lets a softmax that made the target pass on the right gradient.
+and all of it 0 where the target's probability is 0, whatever the input. Where t = 0 the slope in t
+has no finite limit, but its product with a probability of 0 has: 0 is what lets a softmax that made
+the target pass on the right gradient.
 ``reference.py`` is the same in plain torch, csrc/kl_div in C++.
 """
 
@@ -23,8 +24,8 @@ from . import reference
 SCHEMAS = {
     "kl_div": "(Tensor input, Tensor target, bool log_target) -> Tensor",
     "kl_div_sum": "(Tensor input, Tensor target, bool log_target) -> Tensor",
-    "kl_div_backward": "(Tensor grad, Tensor input, Tensor target, bool log_target, bool input_grad, "
-    "bool target_grad) -> (Tensor, Tensor)",
+    "kl_div_backward": "(Tensor grad, Tensor input, Tensor target, bool log_target, "
+    "bool input_grad, bool target_grad) -> (Tensor, Tensor)",
 }
 _backend.define(SCHEMAS, reference)
 
@@ -43,27 +44,30 @@ def kl_div(
     """``torch.nn.functional.kl_div``: same signature, broadcasting, result dtype and warnings.
 
     Args:
-        input: log-probabilities of the student, float64, float32, bfloat16 or float16; any shape and strides.
-        target: probabilities of the teacher, or their logarithms with ``log_target``; broadcast against input. Both get a
-            gradient where they require one.
+        input: log-probabilities of the student, float64, float32, bfloat16 or float16; any shape
+            and strides.
+        target: probabilities of the teacher, or their logarithms with ``log_target``; broadcast
+            against input. Both get a gradient where they require one.
         size_average, reduce: PyTorch's deprecated way to say ``reduction``, which they override.
-        reduction: "none": every element's term; "sum"; "mean": over the number of elements (warns, as PyTorch does: it is
-            no divergence); "batchmean": the sum over ``input.shape[0]``.
+        reduction: "none": every element's term; "sum"; "mean": over the number of elements (warns,
+            as PyTorch does: it is no divergence); "batchmean": the sum over ``input.shape[0]``.
         log_target: the target is in logarithms.
         backend: None chooses; "cpp" or "reference" serves the call or raises.
 
     Returns:
-        The loss in ``torch.result_type(input, target)``, () or of the broadcast shape under "none". Computed in float32
-        (float64 where either is float64) with one rounding per division and result; float32 for half types under autocast.
-        Sums are over fixed blocks: bitwise the same on any number of threads.
+        The loss in ``torch.result_type(input, target)``, () or of the broadcast shape under "none".
+        Computed in float32 (float64 where either is float64) and rounded at the end; float32 for
+        half types under autocast. The C++ library sums over fixed blocks: bitwise the same on any
+        number of threads.
 
-    Where PyTorch gives NaN: a target of probability 0 contributes 0 to loss and gradients whatever the input, −inf included
-    (also where exp(target) is below the smallest normal number). +inf stays where only the input's probability is 0.
+    Where PyTorch gives NaN: a target of probability 0 contributes 0 to loss and gradients whatever
+    the input, −inf included (also where exp(target) is below the smallest normal number). +inf stays where only the input's probability is 0.
     A negative target is NaN, as in PyTorch.
 
     Raises:
         TypeError: an argument that is no tensor, or of another dtype.
-        RuntimeError: shapes that do not broadcast, or different devices, as in PyTorch; a backend that cannot serve the call.
+        RuntimeError: shapes that do not broadcast, or different devices, as in PyTorch; a backend
+            that cannot serve the call.
         ValueError: an unknown reduction or backend.
         NotImplementedError: double backward.
     """
@@ -77,22 +81,25 @@ def kl_div(
         )
     if target.device != input.device:
         raise RuntimeError(f"target is on {target.device}; accepted: input's device {input.device}")
+    warns = not torch.compiler.is_compiling()  # a warning would break the graph
     if size_average is not None or reduce is not None:
-        over_elements = _reduction.legacy_get_string(size_average, reduce)
+        over_elements = _reduction.legacy_get_string(size_average, reduce, emit_warning=warns)
     elif reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}; accepted: {', '.join(REDUCTIONS)}")
     else:
         over_elements = "sum" if reduction == "batchmean" else reduction
-        if reduction == "mean":
+        if reduction == "mean" and warns:
             warnings.warn(
-                "kl_div(reduction='mean') divides by the number of elements; the divergence of the batch is "
-                "reduction='batchmean'",
+                "kl_div(reduction='mean') divides by the number of elements; the divergence of the "
+                "batch is reduction='batchmean'",
                 stacklevel=2,
             )
     chosen, _ = _backend.choose(backend, input.device)
 
-    # PyTorch lets a () operand decide nothing about the result, and autocast lists kl_div among its float32 ops.
-    dtype = torch.result_type(input, target)
+    # As in PyTorch: a () operand does not decide the dtype; autocast runs kl_div in float32.
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if bool(input.dim()) != bool(target.dim()):
+        dtype = (input if input.dim() else target).dtype
     if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
         dtype = torch.float32
     batch = input.shape[0] if input.dim() else 1
@@ -137,7 +144,7 @@ class KLDivLoss(nn.KLDivLoss):
 
 
 class _KLDiv(torch.autograd.Function):
-    """Of two tensors of one shape; broadcasting is outside, where autograd's expand sums the gradients back."""
+    """Of two tensors of one shape: broadcasting is outside, and autograd sums it back."""
 
     @staticmethod
     def forward(ctx, input, target, backend, op, log_target):

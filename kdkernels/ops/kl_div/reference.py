@@ -1,4 +1,4 @@
-"""Plain torch implementation of the kl_div ops: any device, any dtype, exact in float64; also their fake kernels.
+"""Plain torch implementation of the kl_div ops: any device and dtype; also their fake kernels.
 
 Both tensors have the broadcast shape; computed in float32, or float64 where either is.
 """
@@ -18,9 +18,14 @@ def kl_div_sum(input: Tensor, target: Tensor, log_target: bool) -> Tensor:
 
 
 def kl_div_backward(
-    grad: Tensor, input: Tensor, target: Tensor, log_target: bool, input_grad: bool, target_grad: bool
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    log_target: bool,
+    input_grad: bool,
+    target_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of input and target in their dtypes, empty where not asked for; grad has the broadcast shape."""
+    """Gradients of input and target in their dtypes, empty where not asked for."""
     x, t = _computed(input, target)
     g = grad.to(x.dtype)
     weight = torch.exp(t) if log_target else t
@@ -46,5 +51,3 @@ def _computed(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     both = torch.promote_types(input.dtype, target.dtype)
     dtype = torch.promote_types(both, torch.float32)
     return input.to(dtype), target.to(dtype)
-
-

@@ -5,7 +5,8 @@ Per row, with L = log Σ exp(x/τ):
     softmax       p = exp(x/τ − L)      ∂/∂x = p·(g − Σ p·g)/τ
     log_softmax   a = x/τ − L           ∂/∂x = (g − exp(a)·Σ g)/τ
 
-where g is the upstream gradient. The backward needs the output alone, which is what is saved, as PyTorch does.
+where g is the upstream gradient. The backward needs the output alone, which is what is saved, as
+PyTorch does.
 ``reference.py`` is the same in plain torch, csrc/softmax in C++.
 """
 
@@ -21,8 +22,8 @@ from . import reference
 
 SCHEMAS = {
     "softmax": "(Tensor x, float temperature, Tensor? temperature_tensor, bool log) -> Tensor",
-    "softmax_backward": "(Tensor grad, Tensor output, float temperature, Tensor? temperature_tensor, "
-    "bool log) -> Tensor",
+    "softmax_backward": "(Tensor grad, Tensor output, float temperature, "
+    "Tensor? temperature_tensor, bool log) -> Tensor",
 }
 _backend.define(SCHEMAS, reference)
 
@@ -31,21 +32,24 @@ def softmax(x: Tensor, *, temperature: Parameter = 1.0, backend: str | None = No
     """exp(x/τ)/Σ exp(x/τ) over the last dimension.
 
     Args:
-        x: (..., V) float64, float32, bfloat16 or float16; any leading shape (N rows in all) and row stride.
-        temperature: τ > 0: a float, a 0-d tensor, or one value a row (leading shape), without gradient.
+        x: (..., V) float64, float32, bfloat16 or float16; any leading shape (N rows in
+            all) and row stride.
+        temperature: τ > 0: a float, a 0-d tensor, or one value a row (leading shape),
+            without gradient.
         backend: None chooses; "cpp" or "reference" serves the call or raises.
 
     Returns:
-        The shape and dtype of x, with one rounding from float32 (float64 for float64); probabilities below the smallest
-        normal number are 0. A row of nothing but −inf, or with a NaN or +inf, is NaN.
+        The shape and dtype of x, with one rounding from float32 (float64 for float64);
+        probabilities below the smallest normal number are 0. A row of nothing but −inf, or with a NaN or +inf, is NaN.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape or range, named. A temperature tensor is not read on the
-            host: one out of range makes its row NaN.
+        TypeError, ValueError: an argument's type, dtype, shape or range, named. A temperature
+            tensor is not read on the host: one out of range makes its row NaN.
         RuntimeError: a backend that cannot serve the call.
         NotImplementedError: double backward.
 
-    Every row is computed alone and in a fixed order: bitwise the same whatever rows are beside it and on any number of threads.
+    Every row is computed alone and in a fixed order: with the C++ library bitwise the same whatever
+    rows are beside it and on any number of threads.
     """
     return _call(x, temperature, backend, log=False)
 
@@ -56,7 +60,7 @@ def log_softmax(x: Tensor, *, temperature: Parameter = 1.0, backend: str | None 
 
 
 class Softmax(nn.Module):
-    """``softmax`` with its options stored; those given to the call (one batch's temperatures) take their place."""
+    """``softmax`` with its options stored; those given to the call take their place."""
 
     def __init__(self, *, temperature: Parameter = 1.0, backend: str | None = None):
         super().__init__()
@@ -89,9 +93,7 @@ def _call(x: Tensor, temperature: Parameter, backend: str | None, log: bool) -> 
         raise ValueError(f"x has shape {tuple(x.shape)}; accepted: (..., V) with V >= 1")
     chosen, _ = _backend.choose(backend, x.device)
     compute = torch.promote_types(x.dtype, torch.float32)
-    pair = option_pair(
-        "temperature", temperature, x.shape[:-1], x.device, compute, positive=True
-    )
+    pair = option_pair("temperature", temperature, x.shape[:-1], x.device, compute, positive=True)
     rows = two_dimensional(x, x.shape[-1])
     if torch.is_grad_enabled() and x.requires_grad:
         y = _Softmax.apply(rows, chosen, *pair, log)
@@ -115,6 +117,10 @@ class _Softmax(torch.autograd.Function):
         y, temperature_tensor = ctx.saved_tensors
         with torch.no_grad():
             x_grad = _backend.implementation(ctx.backend, reference).softmax_backward(
-                two_dimensional(grad, grad.shape[1]), y, ctx.temperature, temperature_tensor, ctx.log
+                two_dimensional(grad, grad.shape[1]),
+                y,
+                ctx.temperature,
+                temperature_tensor,
+                ctx.log,
             )
         return *no_double_backward(ctx, [x_grad], grad, y), None, None, None, None

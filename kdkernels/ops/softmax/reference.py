@@ -1,4 +1,4 @@
-"""Plain torch implementation of the softmax ops: any device, any dtype, exact in float64; also their fake kernels."""
+"""Plain torch implementation of the softmax ops: any device and dtype; also their fake kernels."""
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ def softmax_backward(
     if log:
         x_grad = g - torch.exp(y) * g.sum(1, keepdim=True)
     else:
-        # Shifted by one column's, g keeps its digits where that column has nearly all of the probability.
+        # Shifted by one column's, g keeps its digits where that column has nearly all probability.
         g = g - g.gather(1, y.argmax(1, keepdim=True))
-        # A zero probability wins over an infinite upstream gradient. Rounded, y does not add up to 1.
+        # A zero probability wins over an infinite g. Rounded, y does not add up to 1.
         mean = torch.where(y == 0, 0.0, y * g).sum(1, keepdim=True) / y.sum(1, keepdim=True)
         x_grad = torch.where(y == 0, 0.0, y * (g - mean))
     x_grad = x_grad / _column(temperature, temperature_tensor, y)
