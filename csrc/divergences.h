@@ -1,4 +1,4 @@
-// One struct per divergence: term(a, b, p, q, w) -> {φ, G, H}, with a = log p (student), b = log q (teacher), G = p·∂φ/∂p,
+// One struct per divergence: term(a, b, p, q, e, w) -> {φ, G, H}, with a = log p (student), b = log q (teacher), G = p·∂φ/∂p,
 // H = q·∂φ/∂q. (H = kφ − G by Euler's theorem; written out, because the difference cancels where p ≈ q.)
 // The formulas, their sources and why φ is written in its Bregman form: kdkernels/divergences.py, which these must agree with.
 //
@@ -60,29 +60,35 @@ KD_INLINE Real kl_term(Real weight, Real other, Real d) {
   return absolute(d) < Real(0.25) ? near : far;
 }
 
+// Traits: whether ΣG = 0 is known, so that the gradient needs no sum over the row, and whether terms take expm1(−|a − b|) in e.
+struct Plain {
+  static constexpr bool sum_g_is_zero = false, mixes = false;
+};
+struct Mixes {
+  static constexpr bool sum_g_is_zero = false, mixes = true;
+};
+
 struct ForwardKL {
-  static constexpr bool sum_g_is_zero = true;  // ΣG = Σp − Σq: the gradient needs no sum over the row
+  static constexpr bool sum_g_is_zero = true, mixes = false;  // ΣG = Σp − Σq
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>&) {
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real, const Weights<Real>&) {
     Real d = a - b;
     return {kl_term(q, p, d), p - q, -weighted(q, d)};
   }
 };
 
-struct ReverseKL {
-  static constexpr bool sum_g_is_zero = false;
+struct ReverseKL : Plain {
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>&) {
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real, const Weights<Real>&) {
     Real d = a - b;
     return {kl_term(p, q, -d), weighted(p, d), q - p};
   }
 };
 
-struct Jeffreys {
-  static constexpr bool sum_g_is_zero = false;
+struct Jeffreys : Plain {
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
-    auto forward = ForwardKL::term(a, b, p, q, w), reverse = ReverseKL::term(a, b, p, q, w);
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
+    auto forward = ForwardKL::term(a, b, p, q, e, w), reverse = ReverseKL::term(a, b, p, q, e, w);
     Real rest = 1 - w.first;
     return {times(w.first, forward.phi) + times(rest, reverse.phi),
             times(w.first, forward.g) + times(rest, reverse.g),
@@ -90,25 +96,28 @@ struct Jeffreys {
   }
 };
 
-// log(p/m) and log(q/m) for m = βq + (1 − β)p, from d = log(p/q) alone: no 0/0, no cancellation at small d.
+// What m = βq + (1 − β)p makes of d = log(p/q): logarithms and ratios from d alone, without 0/0 or cancellation at small d.
+// e = expm1(−|d|) is handed in.
 template <class Real>
 struct Mixture {
-  Real log_p_m, log_q_m;
-  KD_INLINE Mixture(Real d, Real beta) {
-    Real size = absolute(d);
-    Real log_larger = -log1p_nonpositive((d >= 0 ? beta : 1 - beta) * expm1_nonpositive(-size));
-    Real log_smaller = log_larger - size;
+  Real log_p_m, log_q_m;      // log(p/m), log(q/m)
+  Real excess_p, excess_q;    // p/m − 1, q/m − 1
+  KD_INLINE Mixture(Real d, Real e, Real beta) {
+    Real y = (d >= 0 ? beta : 1 - beta) * e;  // m/larger − 1
+    Real log_larger = -log1p_nonpositive(y), log_smaller = log_larger - absolute(d);
+    Real inverse = 1 / (1 + y), larger = -y * inverse, smaller = (e - y) * inverse;
     log_p_m = d >= 0 ? log_larger : log_smaller;
     log_q_m = d >= 0 ? log_smaller : log_larger;
+    excess_p = d >= 0 ? larger : smaller;
+    excess_q = d >= 0 ? smaller : larger;
   }
 };
 
-struct JSD {
-  static constexpr bool sum_g_is_zero = false;
+struct JSD : Mixes {
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
     Real beta = w.first, rest = 1 - beta;
-    Mixture<Real> m(a - b, beta);
+    Mixture<Real> m(a - b, e, beta);
     Real scale = w.second > 0 ? 1 / (beta * rest) : Real(1);
     Real g = weighted(p, m.log_p_m) * (rest * scale);
     Real h = weighted(q, m.log_q_m) * (beta * scale);
@@ -116,28 +125,26 @@ struct JSD {
   }
 };
 
-struct SkewForwardKL {
-  static constexpr bool sum_g_is_zero = false;
+// In the skew divergences λ = 1 leaves log(q/q) = 0, which the mixture could only round to.
+struct SkewForwardKL : Mixes {
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
     Real lam = w.first, rest = 1 - lam;
-    Mixture<Real> m(a - b, lam);
-    Real log_q_m = q == 0 ? -infinity<Real>() : (rest == 0 ? Real(0) : m.log_q_m);
-    Real ratio = expm1(log_q_m);  // q/m − 1
-    return {kl_term(q, lam * q + rest * p, -log_q_m), -rest * weighted(p, ratio),
-            weighted(q, log_q_m) - lam * weighted(q, ratio)};
+    Mixture<Real> m(a - b, e, lam);
+    Real log_q_m = rest == 0 ? Real(0) : m.log_q_m, excess = rest == 0 ? Real(0) : m.excess_q;
+    return {kl_term(q, lam * q + rest * p, -log_q_m), -rest * weighted(p, excess),
+            weighted(q, log_q_m) - lam * weighted(q, excess)};
   }
 };
 
-struct SkewReverseKL {
-  static constexpr bool sum_g_is_zero = false;
+struct SkewReverseKL : Mixes {
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
     Real lam = w.first, rest = 1 - lam;
-    Real log_p_m = rest == 0 ? Real(0) : Mixture<Real>(a - b, rest).log_p_m;
-    Real ratio = expm1(log_p_m);  // p/m − 1
+    Mixture<Real> m(a - b, e, rest);
+    Real log_p_m = rest == 0 ? Real(0) : m.log_p_m, excess = rest == 0 ? Real(0) : m.excess_p;
     return {kl_term(p, rest * q + lam * p, -log_p_m),
-            weighted(p, log_p_m) - lam * weighted(p, ratio), -rest * weighted(q, ratio)};
+            weighted(p, log_p_m) - lam * weighted(p, excess), -rest * weighted(q, excess)};
   }
 };
 
@@ -147,10 +154,9 @@ KD_INLINE Real geometric(Real a, Real b, Real order) {
   return a == b ? a : order * b + (1 - order) * a;
 }
 
-struct Alpha {
-  static constexpr bool sum_g_is_zero = false;
+struct Alpha : Plain {
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real, const Weights<Real>& w) {
     Real alpha = w.first, d = log_ratio(a, b), pi = exp(geometric(a, b, alpha));
     bool around_q = alpha > Real(0.5);
     Real weight = around_q ? q : p, other = around_q ? p : q;
@@ -164,10 +170,9 @@ struct Alpha {
   }
 };
 
-struct TotalVariation {
-  static constexpr bool sum_g_is_zero = false;
+struct TotalVariation : Plain {
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>&) {
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real, const Weights<Real>&) {
     Real half = Real(0.5);
     Real sign = a > b ? half : (a < b ? -half : (a == b ? Real(0) : a - b));
     return {sign * (p - q), p * sign, -q * sign};
@@ -175,19 +180,17 @@ struct TotalVariation {
 };
 
 // φ is alpha's; the row turns its sum and log B into D = log B/(r − 1) and ΣG = −1.
-struct Renyi {
-  static constexpr bool sum_g_is_zero = false;
+struct Renyi : Plain {
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, const Weights<Real>& w) {
+  static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
     Real tilted = exp(geometric(a, b, w.first) - w.log_b);
-    return {Alpha::term(a, b, p, q, w).phi, -tilted, tilted * w.first / (w.first - 1)};
+    return {Alpha::term(a, b, p, q, e, w).phi, -tilted, tilted * w.first / (w.first - 1)};
   }
 };
 
-struct AlphaBeta {
-  static constexpr bool sum_g_is_zero = false;
+struct AlphaBeta : Plain {
   template <class Real>
-  static KD_INLINE Term<Real> term(Real a, Real b, Real, Real, const Weights<Real>& w) {
+  static KD_INLINE Term<Real> term(Real a, Real b, Real, Real, Real, const Weights<Real>& w) {
     Real alpha = w.first, beta = w.second, k = alpha + beta, d = log_ratio(a, b);
     Real q_k = exp(k * b), p_k = exp(k * a), mixed = exp(alpha * b + beta * a);
     Real near = q_k / alpha * (expm1_minus(k * d) / k - expm1_minus(beta * d) / beta);
