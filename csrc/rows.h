@@ -1,6 +1,4 @@
 // Loops over blocks of one row that know nothing about losses. Included once per instruction set, with KD_TARGET defined.
-//
-// A block is 1024 columns: six such float arrays stay in a 32 KiB first-level cache.
 #pragma once
 
 #include "arguments.h"
@@ -23,7 +21,10 @@ static inline Row row_of(const Matrix& m, int64_t i, int64_t skip) {
   return {m.row(i), m.dtype, skip};
 }
 
-constexpr int64_t kBlock = 1024;
+// Columns handled together. Two float blocks fit a 32 KiB first-level cache, and reading one is long enough for the hardware to
+// prefetch: forward KL from memory takes 0.8 ns per column with blocks of 4096 and 1.2 with blocks of 1024. (Software prefetch,
+// of the next block or of half a row ahead, changed neither.)
+constexpr int64_t kBlock = 4096;
 
 // A static template has internal linkage: what is compiled for one instruction set stays in its file.
 #define KD_LOOP template <class Real> static KD_TARGET __attribute__((noinline))
@@ -117,17 +118,12 @@ KD_LOOP void store(const Real* x, char* data, Dtype dtype, int64_t start, int64_
   }
 }
 
-// Asks for columns begin ≤ i < end ahead of their use.
-inline void prefetch(const Row& row, int64_t begin, int64_t end) {
-  int64_t size = size_of(row.dtype);
-  for (int64_t byte = begin * size; byte < end * size; byte += 64) {
-    __builtin_prefetch(row.data + byte, 0, 2);
-  }
-}
+// A fourth of n for loops that take four columns at a time; 0 for short rows, where starting such a loop costs more than it saves.
+inline int64_t quarter_of(int64_t n) { return n < 512 ? 0 : n / (4 * kLanes) * kLanes; }
 
 // Four maxima at a time: one alone waits for its own last result at every step (a sixth of a forward KL row's time).
 KD_LOOP Real maximum(const Real* x, int64_t n) {
-  int64_t quarter = n / (4 * kLanes) * kLanes;
+  int64_t quarter = quarter_of(n);
   const Real *x1 = x + quarter, *x2 = x1 + quarter, *x3 = x2 + quarter;
   Real m = -infinity<Real>(), m1 = m, m2 = m, m3 = m;
 #pragma omp simd reduction(max : m, m1, m2, m3)
@@ -147,7 +143,7 @@ KD_LOOP Real maximum(const Real* x, int64_t n) {
 // Sums are taken in double, four terms at a time: in float a lane that holds one large term loses the many small ones after it
 // (1.5e-6 of the log-sum-exp of 32,000 columns).
 KD_LOOP double sum_of(const Real* x, int64_t n) {
-  int64_t quarter = n / (4 * kLanes) * kLanes;
+  int64_t quarter = quarter_of(n);
   const Real *x1 = x + quarter, *x2 = x1 + quarter, *x3 = x2 + quarter;
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -155,6 +151,11 @@ KD_LOOP double sum_of(const Real* x, int64_t n) {
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 4 * quarter; i < n; ++i) sum += static_cast<double>(x[i]);
   return sum;
+}
+
+KD_LOOP void scaled(const Real* x, Real factor, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
 }
 
 KD_LOOP double total(const Real* x, Real anchor, int64_t n) {
@@ -167,7 +168,7 @@ KD_LOOP double total(const Real* x, Real anchor, int64_t n) {
 // out[i] = 2^((x[i] − anchor)·c), returning their sum. The subtraction comes first: it is exact where it matters, while a
 // rounded anchor·c would cost digits as soon as the logits carry an offset.
 KD_LOOP double exponentials(const Real* x, Real anchor, Real c, Real* out, int64_t n) {
-  int64_t quarter = n / (4 * kLanes) * kLanes;
+  int64_t quarter = quarter_of(n);
   const Real *x1 = x + quarter, *x2 = x1 + quarter, *x3 = x2 + quarter;
   Real *out1 = out + quarter, *out2 = out1 + quarter, *out3 = out2 + quarter;
   double sum = 0;

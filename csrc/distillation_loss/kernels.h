@@ -306,7 +306,7 @@ class RowKernel {
         if (reads_teacher_) {
           const Real* t = load_padded(teacher_row_, start, columns(start), buffer_t_);
           exponentials(t, teacher_.anchor, teacher_c_, et_, n);
-          if (wants_teacher) combine(et_, teacher_factor, et_, Real(0), out_teacher_, n);
+          if (wants_teacher) scaled(et_, teacher_factor, out_teacher_, n);
           terms(s, t, es_, et_, buffers, n, student_, teacher_, student_factor, teacher_factor,
                 weights_, Real(0));
           p_factor = 1;
@@ -380,23 +380,15 @@ class RowKernel {
 
   char* gradient_row(const Matrix& m) const { return m.row(i_); }
 
-  // Steps 1 and 2 take about as long; step 1 alone would wait for memory and step 2 leave it idle. So each asks for half a
-  // row ahead: step 1 for the second half of its own, step 2 for the first half of the next.
-  void prefetch_half(int64_t row, int64_t begin, int64_t n) const {
-    if (row >= p_.n) return;
-    if (begin + n > p_.vocab) n = p_.vocab - begin;
-    prefetch(row_of(p_.student, row, -1), begin, begin + n);
-    if (reads_teacher_) prefetch(row_of(p_.teacher, row, -1), begin, begin + n);
-  }
-
   // What e^(…) of a block is to be multiplied by, where it was taken relative to that block's maximum.
   static Real rescale(Real block_maximum, Real anchor, Real c) {
+    if (block_maximum == anchor) return 1;
     return block_maximum == -infinity<Real>() ? Real(0) : exp2_scaled(block_maximum - anchor, c);
   }
 
   // Anchor and log-sum-exp of a row from its blocks'.
   void reduce(const Real* maxima, const Real* sums, Real c, Softmax<Real>& row) const {
-    row.anchor = anchored(maximum(maxima, blocks_));
+    row.anchor = anchored(blocks_ == 1 ? maxima[0] : maximum(maxima, blocks_));
     double z = 0;
     for (int64_t k = 0; k < blocks_; ++k) z += sums[k] * rescale(maxima[k], row.anchor, c);
     row.log_z = static_cast<Real>(std::log(z));
@@ -407,7 +399,6 @@ class RowKernel {
     double sum = 0;  // of the logits
     for (int64_t k = 0; k < blocks_; ++k) {
       int64_t start = k * kBlock, n = block_size(start);
-      prefetch_half(i_, (p_.vocab + start) / 2, n / 2);
       const Real* s = load_padded(student_row_, start, columns(start), buffer_s_);
       max_s_[k] = maximum(s, n);
       if (reads_teacher_ || unit_is_student_) {
@@ -457,7 +448,6 @@ class RowKernel {
     double sum_phi = 0, sum_g = 0;
     for (int64_t k = 0; k < blocks_; ++k) {
       int64_t start = k * kBlock, n = block_size(start);
-      prefetch_half(i_ + 1, start / 2, n / 2);
       TermBuffers<Real> buffers{phi_, written_ ? output(start) : out_, h_};
       Real student_factor = rescale(max_s_[k], student_.anchor, student_c_) * inverse_s;
       terms(load_padded(student_row_, start, columns(start), buffer_s_),
@@ -666,7 +656,7 @@ void scale_rows(const Matrix& matrix, const Real* factor, int64_t stride, int64_
     for (int64_t start = 0; start < matrix.columns; start += kBlock) {
       int64_t n = matrix.columns - start < kBlock ? matrix.columns - start : kBlock;
       const Real* x = load(row, start, n, buffer);
-      combine(x, by, x, Real(0), buffer, n);
+      scaled(x, by, buffer, n);
       store(buffer, matrix.row(i), matrix.dtype, start, n);
     }
   }

@@ -50,11 +50,6 @@ KD_LOOP double sum_of_exponentials(const Real* x, Real anchor, Scale<Real> scale
   return sum;
 }
 
-KD_LOOP void scaled(const Real* x, Real factor, Real* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
-}
-
 KD_LOOP void log_probabilities(const Real* x, Real anchor, Real inverse_temperature, Real log_z,
                                Real* out, int64_t n) {
 #pragma omp simd

@@ -135,8 +135,7 @@ def distillation_loss_backward(
     def finish(gradient: Tensor, like: Tensor) -> Tensor:
         return torch.nn.functional.pad(gradient.to(like.dtype), (0, like.shape[1] - v))
 
-    empty = student.new_empty(0)
-    gs = gt = empty
+    gs, gt = student.new_empty(0), teacher.new_empty(0)
     if student_grad:
         gs = finish(torch.where(use_kd, kd / ts * (g - row.p * sum_g), 0.0) + unit, student)
     if teacher_grad:

@@ -1,0 +1,1 @@
+"""Kernel microbenchmarks: ``python -m benchmarks`` checks every contestant, then times it."""
