@@ -25,8 +25,8 @@ struct Matrix {
   char* row(int64_t i) const { return data + i * stride * size_of(dtype); }
 };
 
-// Rows a thread should take at least: a task of less than about 10 µs costs more to hand out than to run. A row costs about as
-// much as 400 columns before its first column.
+// Rows a thread should take at least: a task of less than about 10 µs costs more to hand out than
+// to run. A row costs about as much as 400 columns before its first column.
 inline int64_t grain(int64_t vocab) { return 16384 / (vocab + 400) + 1; }
 
 }  // namespace kd

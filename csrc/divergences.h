@@ -1,8 +1,10 @@
-// One struct per divergence: term(a, b, p, q, e, w) -> {φ, G, H}, with a = log p (student), b = log q (teacher), G = p·∂φ/∂p,
-// H = q·∂φ/∂q. (H = kφ − G by Euler's theorem; written out, because the difference cancels where p ≈ q.)
-// The formulas, their sources and why φ is written in its Bregman form: kdkernels/divergences.py, which these must agree with.
+// One struct per divergence: term(a, b, p, q, e, w) -> {φ, G, H}, with a = log p (student), b = log
+// q (teacher), G = p·∂φ/∂p, H = q·∂φ/∂q. (H = kφ − G by Euler's theorem; written out, because the
+// difference cancels where p ≈ q.) The formulas, their sources and why φ is written in its Bregman
+// form: kdkernels/divergences.py, which these must agree with.
 //
-// Rows whose parameter sits at an end (jsd β = 0, alpha = 1, …) never get here: `select` below sends them to a KL.
+// Rows whose parameter sits at an end (jsd β = 0, alpha = 1, …) never get here: `select` below
+// sends them to a KL.
 #pragma once
 
 #include "math.h"
@@ -24,8 +26,8 @@ enum class Divergence {
 };
 
 constexpr const char* divergence_names[] = {
-    "forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_forward_kl", "skew_reverse_kl",
-    "alpha",      "tvd",        "renyi",    "ab",  "dkd",
+    "forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_forward_kl", "skew_reverse_kl", "alpha",
+    "tvd",        "renyi",      "ab",       "dkd",
 };
 
 template <class Real>
@@ -46,7 +48,8 @@ KD_INLINE Real log_ratio(Real a, Real b) {
   return a == b ? Real(0) : a - b;
 }
 
-// `times` for a probability: one masked multiplication. (A NaN weight is lost here, never in the row: its log-sum-exp is NaN.)
+// `times` for a probability: one masked multiplication. (A NaN weight is lost here, never in the
+// row: its log-sum-exp is NaN.)
 template <class Real>
 KD_INLINE Real weighted(Real probability, Real x) {
   return probability > 0 ? probability * x : Real(0);
@@ -60,7 +63,8 @@ KD_INLINE Real kl_term(Real weight, Real other, Real d) {
   return absolute(d) < Real(0.25) ? near : far;
 }
 
-// Traits: whether ΣG = 0 is known, so that the gradient needs no sum over the row, and whether terms take expm1(−|a − b|) in e.
+// Traits: whether ΣG = 0 is known, so that the gradient needs no sum over the row, and whether
+// terms take expm1(−|a − b|) in e.
 struct Plain {
   static constexpr bool sum_g_is_zero = false, mixes = false;
 };
@@ -96,12 +100,12 @@ struct Jeffreys : Plain {
   }
 };
 
-// What m = βq + (1 − β)p makes of d = log(p/q): logarithms and ratios from d alone, without 0/0 or cancellation at small d.
-// e = expm1(−|d|) is handed in.
+// What m = βq + (1 − β)p makes of d = log(p/q): logarithms and ratios from d alone, without 0/0 or
+// cancellation at small d. e = expm1(−|d|) is handed in.
 template <class Real>
 struct Mixture {
-  Real log_p_m, log_q_m;      // log(p/m), log(q/m)
-  Real excess_p, excess_q;    // p/m − 1, q/m − 1
+  Real log_p_m, log_q_m;    // log(p/m), log(q/m)
+  Real excess_p, excess_q;  // p/m − 1, q/m − 1
   KD_INLINE Mixture(Real d, Real e, Real beta) {
     Real y = (d >= 0 ? beta : 1 - beta) * e;  // m/larger − 1
     Real log_larger = -log1p_nonpositive(y), log_smaller = log_larger - absolute(d);

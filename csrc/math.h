@@ -1,7 +1,9 @@
-// Elementary functions as plain scalar code that a compiler can turn into SIMD: no branch, no table, no call.
+// Elementary functions as plain scalar code that a compiler can turn into SIMD: no branch, no
+// table, no call.
 //
-// Everything is forced inline, so that each copy is compiled for the instruction set of the function it ends up in
-// (KD_TARGET, cpu_level.h), and nothing is left for the linker to merge across instruction sets.
+// Everything is forced inline, so that each copy is compiled for the instruction set of the
+// function it ends up in (KD_TARGET, cpu_level.h), and nothing is left for the linker to merge
+// across instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +26,8 @@ KD_INLINE To bits_as(From from) {
   return to;
 }
 
-// Per type: the constant whose addition rounds to an integer and leaves it in the low bits, and where 2^x underflows.
+// Per type: the constant whose addition rounds to an integer and leaves it in the low bits, and
+// where 2^x underflows.
 template <class Real>
 struct Format;
 
@@ -47,8 +50,8 @@ struct Format<double> {
                         magnitude = 0x7fffffffffffffffu;
 };
 
-// c[0] + c[1]·x + … by Horner's rule. (Estrin's scheme, with a shorter chain but more operations, makes the exponentials 14 %
-// slower and JSD 9 % faster.)
+// c[0] + c[1]·x + … by Horner's rule. (Estrin's scheme, with a shorter chain but more operations,
+// makes the exponentials 14 % slower and JSD 9 % faster.)
 template <class Real, int N>
 KD_INLINE Real polynomial(Real x, const Real (&c)[N]) {
   Real y = c[N - 1];
@@ -61,25 +64,18 @@ KD_INLINE Real infinity() {
   return std::numeric_limits<Real>::infinity();
 }
 
-// (2^r − 1)/r for |r| ≤ ½: minimax of degree 5 (relative error 1.1e-8), Taylor of degree 12 in double (2e-16).
+// (2^r − 1)/r for |r| ≤ ½: minimax of degree 5 (relative error 1.1e-8), Taylor of degree 12 in
+// double (2e-16).
 KD_INLINE float exp2m1_ratio(float r) {
-  constexpr float c[] = {0.693147188f, 0.240226498f,  0.0555035743f,
+  constexpr float c[] = {0.693147188f,   0.240226498f,   0.0555035743f,
                          0.00961823751f, 0.00133907358f, 0.000154035086f};
   return polynomial(r, c);
 }
 KD_INLINE double exp2m1_ratio(double r) {
-  constexpr double c[] = {0.6931471805599453,
-                          0.2402265069591007,
-                          0.055504108664821576,
-                          0.009618129107628477,
-                          0.0013333558146428441,
-                          0.00015403530393381606,
-                          1.5252733804059838e-05,
-                          1.3215486790144305e-06,
-                          1.0178086009239696e-07,
-                          7.054911620801121e-09,
-                          4.44553827187081e-10,
-                          2.5678435993488196e-11,
+  constexpr double c[] = {0.6931471805599453,     0.2402265069591007,     0.055504108664821576,
+                          0.009618129107628477,   0.0013333558146428441,  0.00015403530393381606,
+                          1.5252733804059838e-05, 1.3215486790144305e-06, 1.0178086009239696e-07,
+                          7.054911620801121e-09,  4.44553827187081e-10,   2.5678435993488196e-11,
                           1.3691488853904124e-12};
   return polynomial(r, c);
 }
@@ -89,8 +85,9 @@ KD_INLINE Real exp2_fraction(Real r) {
   return r * exp2m1_ratio(r) + Real(1);
 }
 
-// 2^(x·c) for x ≤ 0 < c: what a softmax needs. 0 below the normal numbers; NaN kept. The product is never rounded where the
-// CPU has FMA. The constant is F::round plus the exponent's bias, so that a shift turns its low bits into the number 2^n.
+// 2^(x·c) for x ≤ 0 < c: what a softmax needs. 0 below the normal numbers; NaN kept. The product is
+// never rounded where the CPU has FMA. The constant is F::round plus the exponent's bias, so that a
+// shift turns its low bits into the number 2^n.
 template <class Real>
 KD_INLINE Real exp2_scaled(Real x, Real c) {
   using F = Format<Real>;
@@ -103,8 +100,8 @@ KD_INLINE Real exp2_scaled(Real x, Real c) {
   return x < F::lowest / c ? Real(0) : y;
 }
 
-// The same with c in two pieces, high + low, for results whose own relative error matters: a c rounded to one number costs |x·c|
-// roundings.
+// The same with c in two pieces, high + low, for results whose own relative error matters: a c
+// rounded to one number costs |x·c| roundings.
 template <class Real>
 KD_INLINE Real exp2_scaled(Real x, Real high, Real low) {
   using F = Format<Real>;
@@ -134,8 +131,9 @@ KD_INLINE Real exp(Real x) {
 
 // expm1(x)/x for |x| ≤ ½.
 KD_INLINE float expm1_ratio(float x) {
-  constexpr float c[] = {1.f,            0.500000043f,  0.166666684f,  0.0416653039f,
-                         0.00833305216f, 0.00139977836f, 0.00019996821f};
+  constexpr float c[] = {1.f,           0.500000043f,   0.166666684f,
+                         0.0416653039f, 0.00833305216f, 0.00139977836f,
+                         0.00019996821f};
   return polynomial(x, c);
 }
 KD_INLINE double expm1_ratio(double x) {
@@ -169,7 +167,8 @@ KD_INLINE Real expm1(Real x) {
 template <class Real>
 constexpr Real log2_e = Real(1.4426950408889634);
 
-// expm1(x) for x ≤ 0, exact to a few roundings near 0 too: 2^n·(2^f − 1) + (2^n − 1) has n = 0 there. −1 below −64.
+// expm1(x) for x ≤ 0, exact to a few roundings near 0 too: 2^n·(2^f − 1) + (2^n − 1) has n = 0
+// there. −1 below −64.
 template <class Real>
 KD_INLINE Real expm1_nonpositive(Real x) {
   using F = Format<Real>;
@@ -208,10 +207,12 @@ KD_INLINE Real expm1_minus(Real x) {
   return x * expm1_minus_over_x(x);
 }
 
-// log(1 + f)/f for 1 + f in [√½, √2]: minimax of degree 9 (4e-9); in double 2·atanh(g)/f with g = f/(2 + f), to 1e-17.
+// log(1 + f)/f for 1 + f in [√½, √2]: minimax of degree 9 (4e-9); in double 2·atanh(g)/f with g =
+// f/(2 + f), to 1e-17.
 KD_INLINE float log1p_ratio(float f) {
-  constexpr float c[] = {1.f,          -0.499999883f, 0.33333326f,  -0.250015866f, 0.20001968f,
-                         -0.166090116f, 0.141818431f,  -0.132434795f, 0.129046209f,  -0.0762102624f};
+  constexpr float c[] = {1.f,          -0.499999883f, 0.33333326f,  -0.250015866f,
+                         0.20001968f,  -0.166090116f, 0.141818431f, -0.132434795f,
+                         0.129046209f, -0.0762102624f};
   return polynomial(f, c);
 }
 KD_INLINE double log1p_ratio(double f) {
@@ -247,7 +248,8 @@ KD_INLINE Real log(Real x) {
   return x < infinity<Real>() ? result : x;
 }
 
-// log(1 + y) for −1 < y ≤ 0; y itself is used while 1 + y needs no scaling, so that a small y keeps its digits. NaN kept.
+// log(1 + y) for −1 < y ≤ 0; y itself is used while 1 + y needs no scaling, so that a small y keeps
+// its digits. NaN kept.
 template <class Real>
 KD_INLINE Real log1p_nonpositive(Real y) {
   using F = Format<Real>;

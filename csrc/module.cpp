@@ -1,4 +1,5 @@
-// Makes the library importable from Python: importing it is what registers its kernels (csrc/<op>/register.cpp).
+// Makes the library importable from Python: importing it is what registers its kernels
+// (csrc/<op>/register.cpp).
 #include <Python.h>
 
 static PyModuleDef definition = {

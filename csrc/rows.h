@@ -1,4 +1,5 @@
-// Loops over blocks of one row that know nothing about losses. Included once per instruction set, with KD_TARGET defined.
+// Loops over blocks of one row that know nothing about losses. Included once per instruction set,
+// with KD_TARGET defined.
 #pragma once
 
 #include "arguments.h"
@@ -21,13 +22,17 @@ static inline Row row_of(const Matrix& m, int64_t i, int64_t skip) {
   return {m.row(i), m.dtype, skip};
 }
 
-// Columns handled together. Two float blocks fit a 32 KiB first-level cache, and reading one is long enough for the hardware to
-// prefetch: forward KL from memory takes 0.8 ns per column with blocks of 4096 and 1.2 with blocks of 1024. (Software prefetch,
-// of the next block or of half a row ahead, changed neither.)
+// Columns handled together. Two float blocks fit a 32 KiB first-level cache, and reading one is
+// long enough for the hardware to prefetch: forward KL from memory takes 0.8 ns per column with
+// blocks of 4096 and 1.2 with blocks of 1024. (Software prefetch, of the next block or of half a
+// row ahead, changed neither.)
 constexpr int64_t kBlock = 4096;
 
-// A static template has internal linkage: what is compiled for one instruction set stays in its file.
-#define KD_LOOP template <class Real> static KD_TARGET __attribute__((noinline))
+// A static template has internal linkage: what is compiled for one instruction set stays in its
+// file.
+#define KD_LOOP         \
+  template <class Real> \
+  static KD_TARGET __attribute__((noinline))
 
 KD_LOOP void convert(const float* x, Real* out, int64_t n) {
 #pragma omp simd
@@ -53,7 +58,8 @@ KD_INLINE const double* same_type(const Row& row, int64_t start, double) {
   return row.dtype == Dtype::float64 ? reinterpret_cast<const double*>(row.data) + start : nullptr;
 }
 
-// n columns from `start` as Real: the row itself where it already is of that type, else converted into `buffer`.
+// n columns from `start` as Real: the row itself where it already is of that type, else converted
+// into `buffer`.
 KD_LOOP const Real* load(const Row& row, int64_t start, int64_t n, Real* buffer) {
   const Real* direct = same_type(row, start, Real());
   bool skips = row.skip >= start && row.skip < start + n;
@@ -76,11 +82,12 @@ KD_LOOP const Real* load(const Row& row, int64_t start, int64_t n, Real* buffer)
   return buffer;
 }
 
-// Loops over multiples of this many columns have no remainder: a remainder runs one column at a time, through branches, and
-// takes longer than the rest of a row of 100.
+// Loops over multiples of this many columns have no remainder: a remainder runs one column at a
+// time, through branches, and takes longer than the rest of a row of 100.
 constexpr int64_t kLanes = 16;
 
-// The same with −inf behind the row's end, up to a multiple of kLanes: columns of probability 0, which add nothing anywhere.
+// The same with −inf behind the row's end, up to a multiple of kLanes: columns of probability 0,
+// which add nothing anywhere.
 KD_LOOP const Real* load_padded(const Row& row, int64_t start, int64_t n, Real* buffer) {
   const Real* x = load(row, start, n, buffer);
   if (n % kLanes == 0) return x;
@@ -118,10 +125,12 @@ KD_LOOP void store(const Real* x, char* data, Dtype dtype, int64_t start, int64_
   }
 }
 
-// A fourth of n for loops that take four columns at a time; 0 for short rows, where starting such a loop costs more than it saves.
+// A fourth of n for loops that take four columns at a time; 0 for short rows, where starting such a
+// loop costs more than it saves.
 inline int64_t quarter_of(int64_t n) { return n < 512 ? 0 : n / (4 * kLanes) * kLanes; }
 
-// Four maxima at a time: one alone waits for its own last result at every step (a sixth of a forward KL row's time).
+// Four maxima at a time: one alone waits for its own last result at every step (a sixth of a
+// forward KL row's time).
 KD_LOOP Real maximum(const Real* x, int64_t n) {
   int64_t quarter = quarter_of(n);
   const Real *x1 = x + quarter, *x2 = x1 + quarter, *x3 = x2 + quarter;
@@ -140,14 +149,15 @@ KD_LOOP Real maximum(const Real* x, int64_t n) {
   return m2 > m ? m2 : m;
 }
 
-// Sums are taken in double, four terms at a time: in float a lane that holds one large term loses the many small ones after it
-// (1.5e-6 of the log-sum-exp of 32,000 columns).
+// Sums are taken in double, four terms at a time: in float a lane that holds one large term loses
+// the many small ones after it (1.5e-6 of the log-sum-exp of 32,000 columns).
 KD_LOOP double sum_of(const Real* x, int64_t n) {
   int64_t quarter = quarter_of(n);
   const Real *x1 = x + quarter, *x2 = x1 + quarter, *x3 = x2 + quarter;
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < quarter; ++i) sum += static_cast<double>((x[i] + x1[i]) + (x2[i] + x3[i]));
+  for (int64_t i = 0; i < quarter; ++i)
+    sum += static_cast<double>((x[i] + x1[i]) + (x2[i] + x3[i]));
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 4 * quarter; i < n; ++i) sum += static_cast<double>(x[i]);
   return sum;
@@ -165,8 +175,9 @@ KD_LOOP double total(const Real* x, Real anchor, int64_t n) {
   return sum;
 }
 
-// out[i] = 2^((x[i] − anchor)·c), returning their sum. The subtraction comes first: it is exact where it matters, while a
-// rounded anchor·c would cost digits as soon as the logits carry an offset.
+// out[i] = 2^((x[i] − anchor)·c), returning their sum. The subtraction comes first: it is exact
+// where it matters, while a rounded anchor·c would cost digits as soon as the logits carry an
+// offset.
 KD_LOOP double exponentials(const Real* x, Real anchor, Real c, Real* out, int64_t n) {
   int64_t quarter = quarter_of(n);
   const Real *x1 = x + quarter, *x2 = x1 + quarter, *x3 = x2 + quarter;
@@ -198,8 +209,8 @@ KD_LOOP double sum_of_exponentials(const Real* x, Real anchor, Real c, int64_t n
   return sum;
 }
 
-// What is subtracted from a row before its exponentials: its maximum, or 0 where every column is −inf, so that such a row
-// becomes NaN by 0/0, as a softmax does.
+// What is subtracted from a row before its exponentials: its maximum, or 0 where every column is
+// −inf, so that such a row becomes NaN by 0/0, as a softmax does.
 template <class Real>
 KD_INLINE Real anchored(Real maximum) {
   return maximum == -infinity<Real>() ? Real(0) : maximum;

@@ -1,4 +1,5 @@
-// What the registered functions share: views of torch tensors as the kernels' plain structs, and fresh outputs.
+// What the registered functions share: views of torch tensors as the kernels' plain structs, and
+// fresh outputs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,8 +17,8 @@
 
 namespace kd {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 inline Dtype dtype_of(const Tensor& tensor) {
@@ -31,12 +32,14 @@ inline Dtype dtype_of(const Tensor& tensor) {
     case ScalarType::Half:
       return Dtype::float16;
     default:
-      STD_TORCH_CHECK(false, "kdkernels: a tensor's dtype is none of float64, float32, bfloat16, float16");
+      STD_TORCH_CHECK(false,
+                      "kdkernels: a tensor's dtype is none of float64, float32, bfloat16, float16");
   }
 }
 
-// Asks for huge pages behind a fresh output before it is written for the first time: 4 KiB pages cost 0.8–1.1 ns per
-// bfloat16 element to touch, more than the loss itself; with huge pages 0.2–0.3 (measured where THP is "madvise").
+// Asks for huge pages behind a fresh output before it is written for the first time: 4 KiB pages
+// cost 0.8–1.1 ns per bfloat16 element to touch, more than the loss itself; with huge pages 0.2–0.3
+// (measured where THP is "madvise").
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t huge = 2u << 20;
@@ -48,12 +51,13 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 }
 
 template <class Real>
-constexpr ScalarType real_type = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
+constexpr ScalarType real_type =
+    std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
 
 inline Matrix matrix_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, "kdkernels: ", name, " must have two dimensions");
-  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.size(0) == 0 || tensor.stride(1) == 1, "kdkernels: ", name,
-                  " must have columns of stride 1");
+  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.size(0) == 0 || tensor.stride(1) == 1,
+                  "kdkernels: ", name, " must have columns of stride 1");
   return {static_cast<char*>(const_cast<void*>(tensor.data_ptr())), dtype_of(tensor),
           tensor.stride(0), tensor.size(1)};
 }
@@ -64,8 +68,8 @@ const Real* reals(const Tensor& tensor, const char* name, int64_t n) {
                   " must have the dtype that the op computes in");
   STD_TORCH_CHECK(tensor.numel() == 1 || tensor.numel() == n, "kdkernels: ", name,
                   " must have one value, or one a row");
-  STD_TORCH_CHECK(tensor.dim() == 0 || tensor.numel() <= 1 || tensor.stride(0) == 1, "kdkernels: ", name,
-                  " must be contiguous");
+  STD_TORCH_CHECK(tensor.dim() == 0 || tensor.numel() <= 1 || tensor.stride(0) == 1,
+                  "kdkernels: ", name, " must be contiguous");
   return static_cast<const Real*>(tensor.data_ptr());
 }
 

@@ -1,12 +1,13 @@
 """Inputs shared by the tests of the logit ops."""
 
+import oracle
 import pytest
 import torch
 
 import kdkernels
 from kdkernels.divergences import DIVERGENCES
 
-# Every divergence with its defaults and with parameters that are not, the ends of each range included.
+# Every divergence with its defaults and with others, the ends of each range included.
 PARAMETERS = [
     ("forward_kl", {}),
     ("reverse_kl", {}),
@@ -92,3 +93,11 @@ def differentiated(student, teacher, labels=None, *, upstream=None, **options):
 
 def divergence(name, parameters):
     return DIVERGENCES[name](**parameters)
+
+
+def assert_no_worse_than_torch(got, truth, own):
+    """Loss, student's and teacher's gradient; see oracle.assert_no_worse_than_torch."""
+    names = ("loss", "student_grad", "teacher_grad")
+    terms = (None, truth.student_terms, truth.teacher_terms)
+    for name, x, theirs, t in zip(names, got, own, terms, strict=True):
+        oracle.assert_no_worse_than_torch(x, getattr(truth, name), theirs, name, terms=t)

@@ -8,7 +8,7 @@ from kdkernels._ext import cpp_error
 
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request):
-    """Both implementations. A build that is demanded and missing fails here instead of being skipped."""
+    """Both implementations. A build that is demanded and missing fails instead of being skipped."""
     error = cpp_error()
     if request.param == "cpp" and error and not os.environ.get("KDKERNELS_REQUIRE_BUILD"):
         pytest.skip(f"the C++ library is not built ({error})")

@@ -1,4 +1,4 @@
-"""The divergences: registry, both languages, values worked by hand, identities; and the oracle itself."""
+"""The divergences: registry, both languages, values by hand, identities; and the oracle itself."""
 
 import inspect
 import math
@@ -172,7 +172,7 @@ def test_dkd_by_hand(backend):
 
 
 def test_a_gradient_by_hand(backend):
-    """Forward KL at T = 2 of the rows above: T^2 (p - q)/T = (-1/2, 1/2); without T^2 a quarter of it."""
+    """Forward KL at T = 2 of the rows above: T^2 (p - q)/T = (-1/2, 1/2); a quarter without T^2."""
     student = torch.zeros(1, 2, dtype=torch.float64)
     teacher = torch.tensor([[2 * math.log(3), 0.0]], dtype=torch.float64)
     for t_squared, expected in ((True, [-0.5, 0.5]), (False, [-0.125, 0.125])):
@@ -234,7 +234,7 @@ def test_relations_between_divergences(rows, backend):
 
 @pytest.mark.parametrize("step", [1e-4, 1e-7])
 def test_limits_are_continuous(step, backend):
-    """Close to a parameter where the formula is 0/0: no jump, and no digits lost beyond the step."""
+    """Close to a parameter where the formula is 0/0: no jump, no digits lost beyond the step."""
     s, t = pair(6, 131, dtypes=(torch.float64, torch.float64), scale=0.5)
 
     def d(name, *parameters):
@@ -264,7 +264,7 @@ def test_the_documented_jump_of_jsd(rows, backend):
 
 
 def test_dkd_contains_forward_kl(rows, backend):
-    """Zhao et al. 2022, equation 6: KL = target KL + (1 - teacher's probability of the label) rest KL."""
+    """Zhao et al. 2022: KL = target KL + (1 - teacher's probability of the label) KL of rest."""
     s, t = rows
     labels = labels_for(s)
     of_rest = 1 - t.softmax(-1).gather(-1, labels[:, None])[:, 0]

@@ -1,10 +1,14 @@
-// The row kernels of distillation_loss for one instruction set (KD_TARGET). Included by cpu_<level>.cpp, nowhere else.
+// The row kernels of distillation_loss for one instruction set (KD_TARGET). Included by
+// cpu_<level>.cpp, nowhere else.
 //
-// forward, per row, with its exponentials and then its terms in a scratch that stays in the second-level cache:
-//   1. read both rows block by block: maximum, exponentials relative to the block's maximum, their sums   → log-sum-exps
-//   2. for each block: p, q, log p, log q, the divergence's term                                          → D, ΣG
+// forward, per row, with its exponentials and then its terms in a scratch that stays in the
+// second-level cache:
+//   1. read both rows block by block: maximum, exponentials relative to the block's maximum, their
+//   sums   → log-sum-exps
+//   2. for each block: p, q, log p, log q, the divergence's term → D, ΣG
 //   3. if a gradient is wanted, for each block: (G − p·ΣG), label and z-loss terms, one store
-// Divergences whose ΣG is known to be zero do 2 and 3 block by block together. backward does 2 and 3 from the kept lines.
+// Divergences whose ΣG is known to be zero do 2 and 3 block by block together. backward does 2 and
+// 3 from the kept lines.
 #pragma once
 
 #include <cmath>
@@ -16,7 +20,8 @@
 namespace kd {
 namespace {
 
-// A row's softmax as its maximum and log-sum-exp give it: log p = (x − anchor)·inverse_temperature − log_z.
+// A row's softmax as its maximum and log-sum-exp give it: log p = (x − anchor)·inverse_temperature
+// − log_z.
 template <class Real>
 struct Softmax {
   Real anchor, inverse_temperature, log_z;
@@ -27,8 +32,9 @@ struct Softmax {
 
 // ---- one block of terms ----
 
-// What block_terms writes: φ and G where they are to be summed (G unless ΣG = 0 is known); p over es and G over et where the
-// student's gradient comes later, H besides where the teacher's does, or G·scale where no sum is needed for it.
+// What block_terms writes: φ and G where they are to be summed (G unless ΣG = 0 is known); p over
+// es and G over et where the student's gradient comes later, H besides where the teacher's does, or
+// G·scale where no sum is needed for it.
 enum class Keep { sums, sums_and_gradient, sums_and_scaled_gradient, gradient, both_gradients };
 
 template <class Real>
@@ -38,16 +44,16 @@ struct TermBuffers {
 
 // One block, from exponentials (e·factor is the probability) and logits.
 template <class D, Keep keep, class Real>
-KD_TARGET __attribute__((noinline)) void block_terms(const Real* s, const Real* t, Real* es, Real* et,
-                                                     TermBuffers<Real> out, int64_t n,
+KD_TARGET __attribute__((noinline)) void block_terms(const Real* s, const Real* t, Real* es,
+                                                     Real* et, TermBuffers<Real> out, int64_t n,
                                                      Softmax<Real> student, Softmax<Real> teacher,
                                                      Real student_factor, Real teacher_factor,
                                                      Weights<Real> weights, Real scale) {
   constexpr bool sums = keep == Keep::sums || keep == Keep::sums_and_gradient ||
                         keep == Keep::sums_and_scaled_gradient;
   if (D::mixes) {
-    // A loop of its own: with one chain of 130 cycles an iteration the scheduler is full of waiting instructions (41 cycles per
-    // 16 floats in one loop).
+    // A loop of its own: with one chain of 130 cycles an iteration the scheduler is full of waiting
+    // instructions (41 cycles per 16 floats in one loop).
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       Real d = student.log_probability(s[i]) - teacher.log_probability(t[i]);
@@ -56,8 +62,8 @@ KD_TARGET __attribute__((noinline)) void block_terms(const Real* s, const Real* 
   }
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    // absolute() only keeps the compiler from putting a product unrounded into p − q, which would then not be 0 where both
-    // rows are the same.
+    // absolute() only keeps the compiler from putting a product unrounded into p − q, which would
+    // then not be 0 where both rows are the same.
     Real p = absolute(es[i] * student_factor), q = absolute(et[i] * teacher_factor);
     Real a = student.log_probability(s[i]), b = teacher.log_probability(t[i]);
     Term<Real> term = D::term(a, b, p, q, D::mixes ? out.h[i] : Real(0), weights);
@@ -106,7 +112,8 @@ BlockTerms<Real> block_terms_of(Divergence divergence) {
 
 // ---- loops that only distillation_loss needs ----
 
-KD_LOOP double block_entropy(const Real* x, const Real* e, Softmax<Real> row, Real factor, int64_t n) {
+KD_LOOP double block_entropy(const Real* x, const Real* e, Softmax<Real> row, Real factor,
+                             int64_t n) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
@@ -189,7 +196,8 @@ class RowKernel {
   explicit RowKernel(const Problem<Real>& problem)
       : p_(problem), blocks_((problem.vocab + kBlock - 1) / kBlock) {
     thread_local Scratch<Real> scratch;
-    // An odd number of cache lines between the two rows of exponentials: at multiples of 4 KiB their accesses would alias.
+    // An odd number of cache lines between the two rows of exponentials: at multiples of 4 KiB
+    // their accesses would alias.
     int64_t padded = (p_.vocab + 15) / 16 * 16 + 16;
     Real* memory = scratch.get(2 * padded + 7 * kBlock + 6 * blocks_);
     auto take = [&memory](int64_t size) {
@@ -280,7 +288,8 @@ class RowKernel {
     unit_.anchor = student_.anchor;
     if (excludes_) {  // only then does the maximum leave a column out
       Real excluded = logit(full_student_, label_);
-      unit_.anchor = excluded > unit_.anchor ? excluded : unit_.anchor;
+      bool rest_is_empty = student_.log_z == -infinity<Real>();  // its anchor is then a mere 0
+      unit_.anchor = excluded > unit_.anchor || rest_is_empty ? excluded : unit_.anchor;
     }
     unit_.log_z = p_.line(kUnitLogZ, i);
     unit_scale_ = ce_scale_ + times(2 * z_scale_, unit_.anchor + unit_.log_z);
@@ -312,7 +321,8 @@ class RowKernel {
           p_factor = 1;
         }
       }
-      // Both gradients are in buffers before either is stored: in place, a store overwrites what was to be read.
+      // Both gradients are in buffers before either is stored: in place, a store overwrites what
+      // was to be read.
       if (wants_teacher) teacher_block(start, n);
       if (wants_student) student_block(start, n, es_, p_factor, et_);
       if (wants_teacher) {
@@ -335,7 +345,7 @@ class RowKernel {
     weights_ = {p_.line(kFirst, i), p_.line(kSecond, i), Real(0)};
     effective_ = select(p_.divergence, weights_.first);
     label_ = p_.labels ? p_.labels[i] : -1;
-    excludes_ = p_.divergence == Divergence::dkd && p_.vocab > 1;  // one column leaves no rest
+    excludes_ = p_.divergence == Divergence::dkd;
     smoothing_ = static_cast<Real>(p_.label_smoothing);
     upstream_ = 1;
     student_ = {Real(0), 1 / temperature_, Real(0)};
@@ -380,7 +390,8 @@ class RowKernel {
 
   char* gradient_row(const Matrix& m) const { return m.row(i_); }
 
-  // What e^(…) of a block is to be multiplied by, where it was taken relative to that block's maximum.
+  // What e^(…) of a block is to be multiplied by, where it was taken relative to that block's
+  // maximum.
   static Real rescale(Real block_maximum, Real anchor, Real c) {
     if (block_maximum == anchor) return 1;
     return block_maximum == -infinity<Real>() ? Real(0) : exp2_scaled(block_maximum - anchor, c);
@@ -431,6 +442,11 @@ class RowKernel {
 
   // Step 2, and step 3 with it where ΣG = 0 is known. Returns the KD term before T².
   Real divergence(bool one_pass) {
+    if (excludes_ && student_.log_z == -infinity<Real>() && teacher_.log_z == -infinity<Real>()) {
+      kd_scale_ = p_.line(kKdScale, i_) =
+          0;  // nothing but the label has mass: there is nothing to distil
+      return 0;
+    }
     if (effective_ == Divergence::renyi) weights_.log_b = log_b();
     Real value = 0;
     if (excludes_) {
@@ -438,9 +454,10 @@ class RowKernel {
       value = times(weights_.first, binary.kl);
       sum_g_ = weights_.first * (binary.student_label - binary.teacher_label);
     }
-    // ΣG = 0 is known of forward KL: its gradient needs no sum over the row and is finished here. (DKD's G has a factor.)
+    // ΣG = 0 is known of forward KL: its gradient needs no sum over the row and is finished here.
+    // (DKD's G has a factor.)
     written_ = one_pass && effective_ == Divergence::forward_kl && !excludes_ && kd_scale_ != 0;
-    auto terms = written_    ? block_terms<ForwardKL, Keep::sums_and_scaled_gradient, Real>
+    auto terms = written_   ? block_terms<ForwardKL, Keep::sums_and_scaled_gradient, Real>
                  : one_pass ? block_terms_of<Keep::sums_and_gradient, Real>(effective_)
                             : block_terms_of<Keep::sums, Real>(effective_);
     bool sum_g_is_zero = effective_ == Divergence::forward_kl;
@@ -463,9 +480,9 @@ class RowKernel {
     if (effective_ == Divergence::renyi) {
       Real order = weights_.first, log_b = weights_.log_b;
       // Near B = 1 the digits are in alpha's Bregman sum, far from it in the log-sum-exp.
-      divergence_ = (absolute(log_b) < Real(0.5) ? std::log1p(order * (order - 1) * divergence_)
-                                                 : log_b) /
-                    (order - 1);
+      divergence_ =
+          (absolute(log_b) < Real(0.5) ? std::log1p(order * (order - 1) * divergence_) : log_b) /
+          (order - 1);
       sum_g_ = -1;
     } else if (!excludes_) {
       sum_g_ = static_cast<Real>(sum_g);
@@ -480,9 +497,10 @@ class RowKernel {
     for (int64_t k = 0; k < blocks_; ++k) {
       int64_t start = k * kBlock, n = block_size(start);
       block_geometric(load_padded(student_row_, start, columns(start), buffer_s_),
-                      load_padded(teacher_row_, start, columns(start), buffer_t_), student_, teacher_, weights_.first,
-                      out_, n);
+                      load_padded(teacher_row_, start, columns(start), buffer_t_), student_,
+                      teacher_, weights_.first, out_, n);
       Real block = maximum(out_, n), next = block > m ? block : m;
+      if (next == infinity<Real>()) return next;
       double scaled = sum_of_exponentials(out_, anchored(next), log2_e<Real>, n);
       sum = (m == next ? sum : sum * std::exp(static_cast<double>(m) - anchored(next))) + scaled;
       m = next;
@@ -508,8 +526,8 @@ class RowKernel {
     teacher_entropy_ = whole_entropy(log_odds(full_teacher_, teacher_), teacher_entropy_);
   }
 
-  Real entropy(const Row& row, const Real* e, const Real* maxima, Real c, const Softmax<Real>& softmax,
-               Real* buffer) const {
+  Real entropy(const Row& row, const Real* e, const Real* maxima, Real c,
+               const Softmax<Real>& softmax, Real* buffer) const {
     double sum = 0;
     Real inverse_z = std::exp(-softmax.log_z);
     for (int64_t k = 0; k < blocks_; ++k) {
@@ -553,8 +571,8 @@ class RowKernel {
     }
   }
 
-  // Where a block of the student's gradient is put together: where it is to lie if that holds Reals, and nothing of the
-  // logits under it is read again.
+  // Where a block of the student's gradient is put together: where it is to lie if that holds
+  // Reals, and nothing of the logits under it is read again.
   Real* output(int64_t start) {
     bool in_place = p_.student_grad.dtype == kOwnDtype && ce_scale_ == 0 && z_scale_ == 0 &&
                     columns(start) % kLanes == 0;
@@ -565,7 +583,8 @@ class RowKernel {
   void student_block(int64_t start, int64_t n, const Real* e, Real p_factor, const Real* g) {
     if (kd_scale_ != 0) {
       Real scale = kd_scale_ * upstream_ * student_.inverse_temperature;
-      combine(g, excludes_ ? scale * weights_.second : scale, e, -scale * sum_g_ * p_factor, out_, n);
+      combine(g, excludes_ ? scale * weights_.second : scale, e, -scale * sum_g_ * p_factor, out_,
+              n);
       bool has_label = label_ >= start && label_ < start + n;
       if (excludes_ && has_label) out_[label_ - start] = scale * sum_g_;
     } else {
@@ -594,7 +613,8 @@ class RowKernel {
     }
   }
 
-  // The teacher's gradient of one block, (H − q·ΣH)·scale, from q in out_teacher_ and H in h_, into out_teacher_.
+  // The teacher's gradient of one block, (H − q·ΣH)·scale, from q in out_teacher_ and H in h_, into
+  // out_teacher_.
   void teacher_block(int64_t start, int64_t n) {
     if (kd_scale_ == 0) return fill(out_teacher_, Real(0), n);
     Real scale = kd_scale_ * upstream_ * teacher_.inverse_temperature;
@@ -619,8 +639,8 @@ class RowKernel {
   const Problem<Real>& p_;
   const int64_t blocks_;
   Real *es_, *et_;  // a row each: exponentials, then p and G
-  Real *buffer_s_, *buffer_t_, *buffer_unit_, *phi_, *h_, *out_, *out_teacher_;         // a block each
-  Real *max_s_, *sum_s_, *max_t_, *sum_t_, *max_unit_, *sum_unit_;                  // one a block
+  Real *buffer_s_, *buffer_t_, *buffer_unit_, *phi_, *h_, *out_, *out_teacher_;  // a block each
+  Real *max_s_, *sum_s_, *max_t_, *sum_t_, *max_unit_, *sum_unit_;               // one a block
   int64_t i_ = 0, label_ = -1;
   Real kd_scale_ = 0, ce_scale_ = 0, z_scale_ = 0, unit_scale_ = 0, upstream_ = 1;
   Real temperature_ = 1, student_c_ = 1, teacher_c_ = 1, smoothing_ = 0, mean_logit_ = 0;
@@ -628,7 +648,8 @@ class RowKernel {
   Weights<Real> weights_{};
   Divergence effective_ = Divergence::forward_kl;
   Row student_row_{}, teacher_row_{}, full_student_{}, full_teacher_{};
-  Softmax<Real> student_{}, teacher_{}, unit_{};  // unit: the student at temperature 1, every column
+  Softmax<Real> student_{}, teacher_{},
+      unit_{};  // unit: the student at temperature 1, every column
   bool excludes_ = false, reads_teacher_ = false, reads_unit_ = false;
   bool unit_is_student_ = false, written_ = false;
 };
@@ -647,7 +668,8 @@ void backward_rows(const Problem<Real>& problem, int64_t begin, int64_t end) {
 
 // Rows times a factor each, in place, left alone where it is 1.
 template <class Real>
-void scale_rows(const Matrix& matrix, const Real* factor, int64_t stride, int64_t begin, int64_t end) {
+void scale_rows(const Matrix& matrix, const Real* factor, int64_t stride, int64_t begin,
+                int64_t end) {
   Real buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     Real by = factor[i * stride];

@@ -16,7 +16,8 @@ int64_t find_bad_label(const int64_t* labels, int64_t n, int64_t ignore_index, i
   return -1;
 }
 
-// The value where it lies in the range, else NaN: numbers were checked by the caller, tensors were not read until now.
+// The value where it lies in the range, else NaN: numbers were checked by the caller, tensors were
+// not read until now.
 template <class Real>
 static Real accepted(Real value, bool inside) {
   return inside ? value : std::numeric_limits<Real>::quiet_NaN();

@@ -1,4 +1,5 @@
-// One call of distillation_loss as plain pointers and sizes, and the kernels that serve it. No torch header.
+// One call of distillation_loss as plain pointers and sizes, and the kernels that serve it. No
+// torch header.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@ namespace kd {
 
 enum class Reduction { batchmean, sum, none, mean };
 
-// The lines of `rows`: kdkernels/ops/distillation_loss/reference.py explains each, under the same names.
+// The lines of `rows`: kdkernels/ops/distillation_loss/reference.py explains each, under the same
+// names.
 enum Line {
   kStudentMax,
   kStudentLogZ,
@@ -68,18 +70,22 @@ struct Problem {
 // The first row whose label is neither a column nor ignore_index, or −1.
 int64_t find_bad_label(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t vocab);
 
-// Fills the lines kKdScale … kSecond and the masks: everything about a row that does not need its logits.
+// Fills the lines kKdScale … kSecond and the masks: everything about a row that does not need its
+// logits.
 template <class Real>
 void prepare(const Problem<Real>& problem);
 
-// Rows begin ≤ i < end. `forward` fills the other lines and totals, and the gradients that have data.
+// Rows begin ≤ i < end. `forward` fills the other lines and totals, and the gradients that have
+// data.
 struct Kernels {
   void (*forward_float)(const Problem<float>&, int64_t begin, int64_t end);
   void (*forward_double)(const Problem<double>&, int64_t begin, int64_t end);
   void (*backward_float)(const Problem<float>&, int64_t begin, int64_t end);
   void (*backward_double)(const Problem<double>&, int64_t begin, int64_t end);
-  void (*scale_float)(const Matrix&, const float* factor, int64_t stride, int64_t begin, int64_t end);
-  void (*scale_double)(const Matrix&, const double* factor, int64_t stride, int64_t begin, int64_t end);
+  void (*scale_float)(const Matrix&, const float* factor, int64_t stride, int64_t begin,
+                      int64_t end);
+  void (*scale_double)(const Matrix&, const double* factor, int64_t stride, int64_t begin,
+                       int64_t end);
 };
 
 const Kernels& kernels();  // for this machine's CPU level

@@ -1,5 +1,5 @@
-// distillation_loss on the CPU behind PyTorch's stable ABI: checks, allocation, threads. The schemas and what every argument
-// means are in kdkernels/ops/distillation_loss/__init__.py.
+// distillation_loss on the CPU behind PyTorch's stable ABI: checks, allocation, threads. The
+// schemas and what every argument means are in kdkernels/ops/distillation_loss/__init__.py.
 #include <sstream>
 #include <string>
 #include <tuple>
@@ -33,13 +33,15 @@ Reduction reduction_named(const std::string& name) {
 // Everything of a problem that forward and backward share.
 template <class Real>
 Problem<Real> problem_of(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
-                         const std::string& divergence, double label_smoothing, int64_t vocab_size) {
+                         const std::string& divergence, double label_smoothing,
+                         int64_t vocab_size) {
   Problem<Real> problem;
   problem.student = matrix_of(student, "student");
   problem.teacher = matrix_of(teacher, "teacher");
   problem.n = student.size(0);
   problem.vocab = vocab_size;
-  STD_TORCH_CHECK(teacher.size(0) == problem.n, "kdkernels: student and teacher must have the same rows");
+  STD_TORCH_CHECK(teacher.size(0) == problem.n,
+                  "kdkernels: student and teacher must have the same rows");
   STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= student.size(1) && vocab_size <= teacher.size(1),
                   "kdkernels: vocab_size must be 1 to the columns given");
   if (labels) {
@@ -85,10 +87,11 @@ struct Options {
 
 // Fills loss and rows, and the gradients given.
 template <class Real>
-std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teacher, const Options& o,
-                                       const Tensor* student_grad, const Tensor* teacher_grad) {
-  Problem<Real> problem = problem_of<Real>(student, teacher, o.labels, o.divergence,
-                                           o.label_smoothing, o.vocab_size);
+std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teacher,
+                                       const Options& o, const Tensor* student_grad,
+                                       const Tensor* teacher_grad) {
+  Problem<Real> problem =
+      problem_of<Real>(student, teacher, o.labels, o.divergence, o.label_smoothing, o.vocab_size);
   int64_t n = problem.n;
   if (problem.labels) {
     int64_t bad = find_bad_label(problem.labels, n, o.ignore_index, o.vocab_size);
@@ -101,7 +104,8 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teac
   }
   if (o.token_weights) {
     problem.token_weights = reals<Real>(*o.token_weights, "token_weights", n);
-    STD_TORCH_CHECK(o.token_weights->numel() == n, "kdkernels: token_weights must have one value a row");
+    STD_TORCH_CHECK(o.token_weights->numel() == n,
+                    "kdkernels: token_weights must have one value a row");
   }
   problem.first = parameter<Real>(o.first, o.first_tensor, "first", n);
   problem.second = parameter<Real>(o.second, o.second_tensor, "second", n);
@@ -110,9 +114,11 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teac
                                                 "teacher_temperature", n);
   problem.kd_weight = parameter<Real>(o.kd_weight, o.kd_weight_tensor, "kd_weight", n);
   problem.ce_weight = parameter<Real>(o.ce_weight, o.ce_weight_tensor, "ce_weight", n);
-  problem.z_loss_weight = parameter<Real>(o.z_loss_weight, o.z_loss_weight_tensor, "z_loss_weight", n);
+  problem.z_loss_weight =
+      parameter<Real>(o.z_loss_weight, o.z_loss_weight_tensor, "z_loss_weight", n);
   problem.has_normalizer = o.normalizer || o.normalizer_tensor;
-  problem.normalizer = parameter<Real>(o.normalizer.value_or(0), o.normalizer_tensor, "normalizer", 1);
+  problem.normalizer =
+      parameter<Real>(o.normalizer.value_or(0), o.normalizer_tensor, "normalizer", 1);
   problem.t_squared = o.t_squared;
   problem.mask_kd = o.mask_kd;
   problem.return_stats = o.return_stats;
@@ -151,31 +157,32 @@ bool is_double(const Tensor& student, const Tensor& teacher) {
   return dtype_of(student) == Dtype::float64 || dtype_of(teacher) == Dtype::float64;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher, const Options& options,
-                                   const Tensor* student_grad, const Tensor* teacher_grad) {
+std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher,
+                                   const Options& options, const Tensor* student_grad,
+                                   const Tensor* teacher_grad) {
   return is_double(student, teacher)
              ? run_forward<double>(student, teacher, options, student_grad, teacher_grad)
              : run_forward<float>(student, teacher, options, student_grad, teacher_grad);
 }
 
 // The forward ops' parameters after student and teacher, once for each of the three that take them.
-#define KD_OPTIONS                                                                               \
-  OptionalTensor labels, OptionalTensor token_weights, std::string divergence, double first,     \
-      OptionalTensor first_tensor, double second, OptionalTensor second_tensor,                  \
-      double temperature, OptionalTensor temperature_tensor, double teacher_temperature,         \
-      OptionalTensor teacher_temperature_tensor, double kd_weight,                               \
-      OptionalTensor kd_weight_tensor, double ce_weight, OptionalTensor ce_weight_tensor,        \
-      double z_loss_weight, OptionalTensor z_loss_weight_tensor,                                 \
-      std::optional<double> normalizer, OptionalTensor normalizer_tensor, bool t_squared,        \
-      double label_smoothing, int64_t ignore_index, bool mask_kd, int64_t vocab_size,            \
-      std::string reduction, bool return_stats
-#define KD_TAKE_OPTIONS                                                                           \
-  Options {                                                                                       \
-    labels, token_weights, divergence, first, first_tensor, second, second_tensor, temperature,   \
-        temperature_tensor, teacher_temperature, teacher_temperature_tensor, kd_weight,           \
-        kd_weight_tensor, ce_weight, ce_weight_tensor, z_loss_weight, z_loss_weight_tensor,       \
-        normalizer, normalizer_tensor, t_squared, label_smoothing, ignore_index, mask_kd,         \
-        vocab_size, reduction, return_stats                                                       \
+#define KD_OPTIONS                                                                                 \
+  OptionalTensor labels, OptionalTensor token_weights, std::string divergence, double first,       \
+      OptionalTensor first_tensor, double second, OptionalTensor second_tensor,                    \
+      double temperature, OptionalTensor temperature_tensor, double teacher_temperature,           \
+      OptionalTensor teacher_temperature_tensor, double kd_weight,                                 \
+      OptionalTensor kd_weight_tensor, double ce_weight, OptionalTensor ce_weight_tensor,          \
+      double z_loss_weight, OptionalTensor z_loss_weight_tensor, std::optional<double> normalizer, \
+      OptionalTensor normalizer_tensor, bool t_squared, double label_smoothing,                    \
+      int64_t ignore_index, bool mask_kd, int64_t vocab_size, std::string reduction,               \
+      bool return_stats
+#define KD_TAKE_OPTIONS                                                                         \
+  Options {                                                                                     \
+    labels, token_weights, divergence, first, first_tensor, second, second_tensor, temperature, \
+        temperature_tensor, teacher_temperature, teacher_temperature_tensor, kd_weight,         \
+        kd_weight_tensor, ce_weight, ce_weight_tensor, z_loss_weight, z_loss_weight_tensor,     \
+        normalizer, normalizer_tensor, t_squared, label_smoothing, ignore_index, mask_kd,       \
+        vocab_size, reduction, return_stats                                                     \
   }
 
 std::tuple<Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, KD_OPTIONS) {
@@ -184,15 +191,17 @@ std::tuple<Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, KD_
 
 Tensor empty_gradient(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss_and_grad(Tensor student, Tensor teacher,
-                                                                      KD_OPTIONS, bool teacher_grad) {
-  Tensor gs = fresh_like(student), gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
+std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss_and_grad(Tensor student,
+                                                                      Tensor teacher, KD_OPTIONS,
+                                                                      bool teacher_grad) {
+  Tensor gs = fresh_like(student),
+         gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
   auto [loss, rows] = forward(student, teacher, KD_TAKE_OPTIONS, &gs, teacher_grad ? &gt : nullptr);
   return {loss, rows, gs, gt};
 }
 
-std::tuple<Tensor, Tensor, Tensor> distillation_loss_and_grad_(Tensor student, Tensor teacher, KD_OPTIONS,
-                                                               bool teacher_grad) {
+std::tuple<Tensor, Tensor, Tensor> distillation_loss_and_grad_(Tensor student, Tensor teacher,
+                                                               KD_OPTIONS, bool teacher_grad) {
   Tensor gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
   auto [loss, rows] =
       forward(student, teacher, KD_TAKE_OPTIONS, &student, teacher_grad ? &gt : nullptr);
@@ -221,11 +230,11 @@ void run_backward(const Tensor& grad_loss, const Tensor& student, const Tensor& 
   }
 }
 
-std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher,
-                                                      Tensor rows, OptionalTensor labels,
-                                                      std::string divergence, double label_smoothing,
-                                                      int64_t vocab_size, bool student_grad,
-                                                      bool teacher_grad) {
+std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_loss, Tensor student,
+                                                      Tensor teacher, Tensor rows,
+                                                      OptionalTensor labels, std::string divergence,
+                                                      double label_smoothing, int64_t vocab_size,
+                                                      bool student_grad, bool teacher_grad) {
   Tensor gs = student_grad ? fresh_like(student) : empty_gradient(student);
   Tensor gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
   Tensor upstream = grad_loss.is_contiguous() ? grad_loss : torch::stable::contiguous(grad_loss);

@@ -16,7 +16,7 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Thousands of small calls: on a busy machine two threads wait for each other longer than they work.
+    """Thousands of small calls: on a busy machine two threads wait longer than they work.
 
     What depends on the number of threads has tests of its own, which set it.
     """

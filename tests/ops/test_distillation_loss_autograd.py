@@ -75,7 +75,7 @@ def test_two_backwards_with_different_upstreams(name, parameters, backend):
         truth = oracle.distillation(student, teacher, labels, upstream=upstream, **told)
         own = oracle.eager(student, teacher, labels, upstream=upstream, **told)
         oracle.assert_no_worse_than_torch(
-            grad, truth.student_grad, own[1], terms=truth.student_terms
+            grad, truth.student_grad, own[1], "grad", terms=truth.student_terms
         )
 
 
@@ -118,7 +118,7 @@ def test_the_teacher_is_detached_unless_asked_for(backend):
 
 
 def test_mutual_distillation(backend):
-    """Two networks that teach each other: swapping the rows swaps the gradients of a symmetric loss."""
+    """Two networks that teach each other: swapping the rows swaps a symmetric loss's gradients."""
     student, teacher = pair(4, 67)
     one = differentiated(student, teacher, divergence="jsd", backend=backend)
     two = differentiated(teacher, student, divergence="jsd", backend=backend)
@@ -285,7 +285,7 @@ def test_in_place_gives_the_teacher_its_gradient_too(backend):
 
 
 def test_in_place_and_grad(backend):
-    """distillation_loss_and_grad(inplace=True): the gradient over the logits, their version raised."""
+    """distillation_loss_and_grad: the gradient over the logits, their version raised."""
     student, teacher = pair(2, 3, 67)
     loss, grad = kdkernels.distillation_loss_and_grad(student, teacher, backend=backend)
     buffer = student.clone()
@@ -332,7 +332,7 @@ def test_double_backward_raises(reduction, inplace, backend):
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "in place"])
 def test_double_backward_by_the_upstream_factor_raises(inplace, backend):
-    """A learned loss weight in a bilevel problem: its path through the gradient is not dropped either."""
+    """A learned loss weight in a bilevel problem: its path through the gradient is not dropped."""
     leaf, teacher = pair(4, 67)
     leaf.requires_grad_()
     weight = torch.tensor(2.0, requires_grad=True)
@@ -372,7 +372,7 @@ def test_autocast_changes_nothing(backend):
 
 
 def test_autocast_of_a_model(backend):
-    """Half precision logits out of an autocast head: a float32 loss, the head's gradients finite."""
+    """Half precision logits out of an autocast head: a float32 loss, finite gradients."""
     head = torch.nn.Linear(16, 67)
     teacher = logits(5, 67)
     with torch.autocast("cpu", torch.bfloat16):
@@ -501,7 +501,7 @@ def test_threads_and_neighbours(name, parameters, dtype, backend):
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 def test_threads_share_a_large_batch(name):
-    """Enough work (64 x 32000) that torch's pool surely splits it; several times, as races are rare."""
+    """Enough work (64 x 32000) that torch's pool splits it; several times, as races are rare."""
     backends = [name for name, available, _ in kdkernels.ops._backend.backends() if available]
     if "cpp" not in backends:
         pytest.skip("the C++ library is not built; the reference promises nothing here")

@@ -21,7 +21,7 @@ def fresh_dynamo():
 
 
 def compiled(function, compiler="aot_eager"):
-    """aot_eager: the graph, its autograd and its functionalisation without a C++ compiler's minutes."""
+    """aot_eager: the graph, its autograd and functionalisation without a C++ compiler's minutes."""
     return torch.compile(function, fullgraph=True, backend=compiler)
 
 
@@ -77,7 +77,7 @@ def test_inductor(backend):
 
 @pytest.mark.parametrize("where", ["inside", "input"])
 def test_in_place(where, backend):
-    """Logits made inside the graph, and logits that are the graph's input (mark_dirty loses those)."""
+    """Logits made inside the graph, and the graph's input (mark_dirty loses their gradient)."""
     student, teacher = pair(4, 67)
     leaf = student.clone().requires_grad_()
 

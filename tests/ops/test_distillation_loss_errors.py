@@ -1,4 +1,4 @@
-"""What distillation_loss refuses: each message names the argument, what was given and what is accepted."""
+"""What distillation_loss refuses: messages name the argument, what was given, what is accepted."""
 
 import math
 import re

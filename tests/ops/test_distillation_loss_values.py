@@ -6,21 +6,19 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import ALL, DEFAULT, DTYPES, differentiated, divergence, labels_for, logits, pair
+from cases import (
+    ALL,
+    DEFAULT,
+    DTYPES,
+    assert_no_worse_than_torch,
+    differentiated,
+    divergence,
+    labels_for,
+    logits,
+    pair,
+)
 
 import kdkernels
-
-
-def compare(got, truth, own):
-    """Loss, student's and teacher's gradient."""
-    loss, student_grad, teacher_grad = got
-    oracle.assert_no_worse_than_torch(loss, truth.loss, own[0])
-    oracle.assert_no_worse_than_torch(
-        student_grad, truth.student_grad, own[1], terms=truth.student_terms
-    )
-    oracle.assert_no_worse_than_torch(
-        teacher_grad, truth.teacher_grad, own[2], terms=truth.teacher_terms
-    )
 
 
 def check(
@@ -33,7 +31,9 @@ def check(
     options |= dict(divergence=divergence(name, parameters or {}), backend=backend)
     leading = student.shape[:-1] if options.get("reduction") == "none" else ()
     upstream = torch.as_tensor(upstream).expand(leading)
-    compare(differentiated(student, teacher, labels, upstream=upstream, **options), truth, own)
+    assert_no_worse_than_torch(
+        differentiated(student, teacher, labels, upstream=upstream, **options), truth, own
+    )
     return truth
 
 
@@ -53,8 +53,8 @@ TEMPERATURES = dict(temperature=2.0, teacher_temperature=1.5)
 def rows_of(name, parameters, dtypes):
     """Logits, truth and PyTorch's own result per row; every reduction of them is arithmetic.
 
-    131 columns: prime, more than eight of the widest vectors and an odd tail. 32 rows, so that the worst
-    row of PyTorch and the worst of ours are comparable and not two draws of a lottery.
+    131 columns: prime, more than eight of the widest vectors and an odd tail. 32 rows, so that the
+    worst row of PyTorch and the worst of ours are comparable and not two draws of a lottery.
     """
     student, teacher = pair(4, 8, 131, dtypes=DTYPES[dtypes])
     labels = labels_for(student) if name == "dkd" else None
@@ -73,11 +73,13 @@ def test_every_divergence(name, parameters, dtypes, reduction, backend):
         truth = oracle.Truth(truth.loss.sum() * share, *(x * share for x in truth[1:]))
         own = (own[0].sum() * share, own[1] * share, own[2] * share)
     options = dict(divergence=divergence(name, parameters), reduction=reduction, **TEMPERATURES)
-    compare(differentiated(student, teacher, labels, backend=backend, **options), truth, own)
+    assert_no_worse_than_torch(
+        differentiated(student, teacher, labels, backend=backend, **options), truth, own
+    )
     at_once = kdkernels.distillation_loss_and_grad(
         student, teacher, labels, teacher_grad=True, backend=backend, **options
     )
-    compare(at_once, truth, own)
+    assert_no_worse_than_torch(at_once, truth, own)
 
 
 # 1 and 2: nothing and almost nothing to normalise; 31: less than one AVX-512 pair of vectors;
@@ -225,7 +227,7 @@ def test_statistics(name, dtypes, backend):
     assert 0 < truth.top1_agreement.sum() < 10
     for field, got in zip(stats._fields, stats, strict=True):
         assert got.dtype == loss.dtype and not got.requires_grad, field
-        oracle.assert_no_worse_than_torch(got, getattr(truth, field), own[field])
+        oracle.assert_no_worse_than_torch(got, getattr(truth, field), own[field], field)
 
 
 @pytest.mark.parametrize("mask_kd", [True, False])
@@ -289,6 +291,35 @@ def test_small_divergences_keep_their_digits(name, noise, backend):
     np.testing.assert_allclose(got.double().numpy(), truth.loss, rtol=tolerance)
 
 
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("name, parameters", ALL)
+def test_gradients_near_the_teacher(name, parameters, noise, backend):
+    """Late in training the gradient is a small difference, and is held to its own size here.
+
+    By the median row: the worst is the one whose gradient happens to be smallest, for us as for
+    PyTorch, and says nothing about either.
+    """
+    student = logits(64, 257)
+    teacher = student + noise * logits(64, 257, seed=3, scale=1.0)
+    labels = labels_for(student)
+    told = dict(divergence_name=name, parameters=parameters)
+    truth = oracle.distillation(student, teacher, labels, **told).student_grad
+    _, grad = kdkernels.distillation_loss_and_grad(
+        student, teacher, labels, divergence=divergence(name, parameters), backend=backend
+    )
+    if parameters.get("lam") == 1:
+        assert (grad == 0).all()
+        return
+
+    def median_error(x):
+        error = np.abs(x.double().numpy() - truth).max(-1)
+        return np.median(error / np.abs(truth).max(-1))
+
+    unit = torch.finfo(torch.float32).eps
+    own = median_error(oracle.eager(student, teacher, labels, **told)[1])
+    assert median_error(grad) <= max(2 * own, 4 * unit)
+
+
 @pytest.mark.parametrize("name, parameters", ALL)
 def test_identical_rows(name, parameters, backend):
     """A student equal to its teacher: loss 0 up to rounding, never below, and no gradient."""
@@ -325,7 +356,7 @@ def test_never_negative(name, parameters, backend):
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 @pytest.mark.parametrize("name, parameters", DEFAULT)
 def test_large_offsets(name, parameters, offset, backend):
-    """softmax does not see an offset; forming s - t on raw logits, or s/T before the maximum, does."""
+    """softmax does not see an offset; s - t of raw logits, or s/T before the maximum, does."""
     student, teacher = pair(3, 257)
     student, teacher = (
         student + offset,
@@ -352,8 +383,8 @@ def test_large_offsets(name, parameters, offset, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name, parameters", ALL)
 def test_low_temperature(name, parameters, dtype, backend):
-    """T = 0.05 on N(0, 3) logits: log-probabilities down to about -400, most probabilities underflow."""
-    student, teacher = pair(4, 1000, dtypes=(dtype, dtype))
+    """T = 0.05 on N(0, 3) logits: log-probabilities down to -400, most probabilities underflow."""
+    student, teacher = pair(16, 1000, dtypes=(dtype, dtype))
     if name in ("alpha", "renyi") and parameters.get("alpha", parameters.get("order", 0.5)) not in (
         0.0,
         0.5,
@@ -376,12 +407,12 @@ def test_low_temperature(name, parameters, dtype, backend):
 
 @pytest.mark.parametrize("name, parameters", ALL)
 def test_peaky_rows(name, parameters, backend):
-    """One column holds everything, the same one (rows 0, 1) or another (rows 2, 3)."""
-    student, teacher = pair(4, 100, scale=1.0)
+    """One column holds everything: the same one, or another in the last 16 rows."""
+    student, teacher = pair(32, 100, scale=1.0)
     student[:, 17] += 30
-    teacher[:2, 17] += 30
-    teacher[2:, 18] += 30
-    labels = torch.tensor([17, 18, 17, 5])
+    teacher[:16, 17] += 30
+    teacher[16:, 18] += 30
+    labels = torch.tensor([17, 18, 17, 5]).repeat_interleave(8)
     check(
         student,
         teacher,

@@ -288,7 +288,7 @@ def test_strides(view, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @log_or_not
 def test_threads(log_target, dtype, backend):
-    """Bitwise the same twice and, in C++, with 1 and 2 threads: 3 x 100003 elements, blocks of odd ends."""
+    """Bitwise the same twice and, in C++, with 1 and 2 threads; blocks with odd ends."""
     x, t = rows(3, 100003, dtype=dtype, log_target=log_target)
 
     def call():

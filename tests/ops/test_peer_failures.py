@@ -12,7 +12,7 @@ import kdkernels
 
 @pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha"])
 def test_low_temperature_with_probabilities_that_underflow(name, backend):
-    """Liger-Kernel #1453: JSD's 0/0 where both probabilities underflow; every gradient row NaN at T = 0.1."""
+    """Liger-Kernel #1453: JSD's 0/0 where both underflow; every gradient row NaN at T = 0.1."""
     student, teacher = pair(8, 1000)
     loss, *grads = differentiated(
         student, teacher, divergence=name, temperature=0.1, reduction="none", backend=backend
@@ -34,7 +34,7 @@ def test_total_variation_of_a_student_equal_to_its_teacher(backend):
 
 @pytest.mark.parametrize("name, parameters", DEFAULT)
 def test_all_tokens_ignored(name, parameters, backend):
-    """Liger-Kernel's TVD divides by zero; torchtune returns a constant without a graph, which stops DDP."""
+    """Liger-Kernel's TVD divides by zero; torchtune's constant without a graph stops DDP."""
     student, teacher = pair(4, 31)
     student.requires_grad_()
     labels = torch.full((4,), -100)
@@ -66,7 +66,7 @@ def test_t_squared_scales_value_and_gradient_alike(backend):
 
 
 def test_a_graph_walked_twice(backend):
-    """Liger-Kernel, flash-linear-attention, unsloth: the saved gradient is scaled in place, doubling it."""
+    """Liger-Kernel, flash-linear-attention: the saved gradient is scaled in place, doubling it."""
     student, teacher = pair(4, 67)
     student.requires_grad_()
     loss = kdkernels.distillation_loss(student, teacher, backend=backend)
@@ -86,7 +86,7 @@ def test_logits_survive_the_backward(backend):
 
 @pytest.mark.parametrize("noise, tolerance", [(0.5, 1e-5), (0.15, 1e-4), (0.03, 1e-3)])
 def test_bfloat16_near_the_teacher(noise, tolerance, backend):
-    """Chunked JSDs take bfloat16 log-softmaxes: 1.9 % to 27 % gradient error, and a negative loss at 0.03.
+    """Chunked JSDs take bfloat16 log-softmaxes: gradients off by 1.9 % to 27 %, a negative loss.
 
     Against the truth for the same bfloat16 logits; the one rounding at the store costs 0.17 %.
     """
@@ -100,7 +100,7 @@ def test_bfloat16_near_the_teacher(noise, tolerance, backend):
 
 
 def test_vocabularies_padded_unequally(backend):
-    """Qwen: 151936 columns against 152064. Others raise, truncate by hand, or pad the student with zeros."""
+    """Qwen: 151936 columns against 152064. Others raise, truncate by hand, or pad with zeros."""
     student, teacher = pair(2, 152064, dtypes=(torch.bfloat16, torch.bfloat16))
     student = student[:, :151936]
     with pytest.raises(ValueError, match="vocab_size"):
@@ -116,7 +116,7 @@ def test_vocabularies_padded_unequally(backend):
 
 
 def test_suppressed_tokens(backend):
-    """TRL #5594, heretic #348: a finite loss with NaN gradients where both models suppress tokens."""
+    """TRL #5594, heretic #348: a finite loss, NaN gradients where both models suppress tokens."""
     student, teacher = pair(4, 131)
     student[:, 100:], teacher[:, 100:] = -torch.inf, -torch.inf
     for name in ("forward_kl", "reverse_kl", "jsd"):

@@ -54,13 +54,13 @@ def check(x, log, backend, temperature=1.0):
     (own_grad,) = torch.autograd.grad(own, wide, upstream.to(wide.dtype))
     # log-probabilities near 0 carry the rounding of the row's sum: errors are relative to 1 there.
     oracle.assert_no_worse_than_torch(
-        got.detach(), want, own.detach(), terms=np.ones(x.shape[:-1]) if log else None
+        got.detach(), want, own.detach(), "y", terms=np.ones(x.shape[:-1]) if log else None
     )
-    # The gradient is a difference of terms of the size of g, or p times the sum of g for log_softmax.
+    # The gradient is a difference of terms of the size of g; p times the sum of g in log_softmax.
     g = np.abs(oracle.to_numpy(upstream)).astype(np.float64)
     terms = (g.sum(-1) if log else g.max(-1)) / np.asarray(torch.as_tensor(temperature).double())
     if x.dtype in (torch.float64, torch.float32):
-        oracle.assert_no_worse_than_torch(grad, want_grad, own_grad, terms=terms)
+        oracle.assert_no_worse_than_torch(grad, want_grad, own_grad, "grad", terms=terms)
     else:  # what is saved, here as in PyTorch, is the rounded output
         error = np.abs(grad.double().numpy() - want_grad)
         assert (error <= torch.finfo(x.dtype).eps * terms[..., None]).all()

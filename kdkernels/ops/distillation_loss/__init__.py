@@ -46,9 +46,7 @@ SCHEMAS = {
 _backend.define(SCHEMAS, reference)
 
 # Where each option stands among what the ops take after the two logits.
-_PLACE = {
-    argument.split()[-1]: place for place, argument in enumerate(_FORWARD.split(", ")[2:])
-}
+_PLACE = {argument.split()[-1]: place for place, argument in enumerate(_FORWARD.split(", ")[2:])}
 
 REDUCTIONS = ("batchmean", "sum", "none", "mean")
 
@@ -184,7 +182,7 @@ def distillation_loss_and_grad(
         ``return_stats=True``. Gradients have their logits' shape and dtype.
     """
     with torch.no_grad():
-        call = _prepare(student_logits.detach(), teacher_logits.detach(), labels, **options)
+        call = _prepare(student_logits, teacher_logits, labels, **options)
         if options.get("inplace", False):
             loss, rows, teacher_grad = _run(
                 call.backend,
@@ -233,9 +231,7 @@ class DistillationLoss(nn.Module):
         accepted = [*inspect.signature(distillation_loss).parameters][3:]
         for name in options:
             if name not in accepted:
-                raise TypeError(
-                    f"DistillationLoss got {name!r}; accepted: {', '.join(accepted)}"
-                )
+                raise TypeError(f"DistillationLoss got {name!r}; accepted: {', '.join(accepted)}")
         if "divergence" in options:
             resolve(options["divergence"])
         self.options = options
@@ -314,7 +310,9 @@ def _prepare(
             pass_labels = None
         else:
             needs = "divergence='dkd'" if member.name == "dkd" else f"ce_weight={ce_weight}"
-            raise ValueError(f"labels is None with {needs}; accepted: labels of shape {tuple(leading)}")
+            raise ValueError(
+                f"labels is None with {needs}; accepted: labels of shape {tuple(leading)}"
+            )
     else:
         _check_shape("labels", labels, leading, student_logits.device)
         if labels.dtype not in _INTEGERS:
@@ -326,8 +324,6 @@ def _prepare(
     compute = reference.compute_dtype(student_logits, teacher_logits)
     rest = (leading, student_logits.device, compute)
     if token_weights is not None:
-        if not isinstance(token_weights, Tensor):
-            raise TypeError(f"token_weights is a {type(token_weights).__name__}; accepted: Tensor")
         _check_shape("token_weights", token_weights, leading, student_logits.device)
         if token_weights.requires_grad:
             raise ValueError("token_weights requires grad; accepted: tensors without gradient")
@@ -404,7 +400,9 @@ def _check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> N
         )
 
 
-def _check_shape(name: str, value: Tensor, leading: torch.Size, device: torch.device) -> None:
+def _check_shape(name: str, value: Any, leading: torch.Size, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; accepted: Tensor")
     if value.shape != leading:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: {tuple(leading)}")
     if value.device != device:
@@ -511,7 +509,9 @@ class _InPlace(torch.autograd.Function):
         student, teacher_grad, teacher = ctx.saved_tensors
         student_grad = student.detach()
         with torch.no_grad():
-            for grad, needed in zip((student_grad, teacher_grad), ctx.needs_input_grad, strict=False):
+            for grad, needed in zip(
+                (student_grad, teacher_grad), ctx.needs_input_grad, strict=False
+            ):
                 if needed:
                     _run(ctx.backend, "scale_rows_", grad, grad_loss)
         return _hand_over(ctx, (student_grad, teacher_grad), grad_loss, student, teacher)

@@ -55,7 +55,16 @@ def distillation_loss_and_grad(
     )
     one = torch.ones((), dtype=rows.dtype, device=rows.device)
     grads = distillation_loss_backward(
-        one, student, teacher, rows, labels, divergence, label_smoothing, vocab_size, True, teacher_grad
+        one,
+        student,
+        teacher,
+        rows,
+        labels,
+        divergence,
+        label_smoothing,
+        vocab_size,
+        True,
+        teacher_grad,
     )
     return loss, rows, *grads
 
@@ -101,7 +110,7 @@ def distillation_loss_backward(
     t = torch.where(use_kd, teacher[:, :v].to(rows.dtype), 0.0)
     ts, tt = line["temperature"][:, None], line["teacher_temperature"][:, None]
     first, second = line["first"][:, None], line["second"][:, None]
-    exclude = divergence == "dkd" and v > 1  # one column leaves no rest
+    exclude = divergence == "dkd"
     row = _Row(s, t, line["temperature"], line["teacher_temperature"], labels, exclude)
 
     _, g, h = TERMS[divergence](row.a, row.b, row.p, row.q, first, second)
@@ -154,7 +163,10 @@ class _Row:
             assert labels is not None
             self.at_label = _one_hot(labels, s) > 0
             label_s, label_t = _take(s, labels), _take(t, labels)
-            s, t = s.masked_fill(self.at_label, -torch.inf), t.masked_fill(self.at_label, -torch.inf)
+            s, t = (
+                s.masked_fill(self.at_label, -torch.inf),
+                t.masked_fill(self.at_label, -torch.inf),
+            )
         self.student_max, self.student_log_z = _log_z(s, ts[:, None])
         self.teacher_max, self.teacher_log_z = _log_z(t, tt[:, None])
         self.a = (s - self.student_max[:, None]) / ts[:, None] - self.student_log_z[:, None]
@@ -167,6 +179,8 @@ class _Row:
             self.teacher_label_prob = torch.sigmoid(self.teacher_odds)
             self.teacher_rest_prob = torch.sigmoid(-self.teacher_odds)
         self.p, self.q = torch.exp(self.a), torch.exp(self.b)
+
+
 def _forward(
     student: Tensor,
     teacher: Tensor,
@@ -249,11 +263,14 @@ def _forward(
     s = torch.where(read_student[:, None], student[:, :v].to(dtype), 0.0)
     t = torch.where(read_teacher[:, None], teacher[:, :v].to(dtype), 0.0)
 
-    exclude = divergence == "dkd" and v > 1  # one column leaves no rest
+    exclude = divergence == "dkd"
     row = _Row(s, t, ts, tt, labels, exclude)
     d, sum_g = _divergence_sums(divergence, row, first_row, second_row)
     kd = d
     if exclude:
+        # Where nothing but the label has mass there is nothing to distil.
+        empty = torch.isneginf(row.student_log_z) & torch.isneginf(row.teacher_log_z)
+        d, kd_scale = torch.where(empty, 0.0, d), torch.where(empty, 0.0, kd_scale)
         kd = second_row * d + first_row * _binary_kl(row)
         sum_g = first_row * (row.student_label_prob - row.teacher_label_prob)[:, 0]
     unit_log_z = _log_z(s, 1.0)[1]
@@ -268,12 +285,26 @@ def _forward(
         ce = (1 - label_smoothing) * -label_log_prob + label_smoothing * smooth
 
     total = (
-        _zero_wins(kd_scale, kd) + _zero_wins(ce_scale, ce) + _zero_wins(z_scale, unit_lse * unit_lse)
+        _zero_wins(kd_scale, kd)
+        + _zero_wins(ce_scale, ce)
+        + _zero_wins(z_scale, unit_lse * unit_lse)
     )
     loss = total if reduction == "none" else total.sum()
     lines = [
-        row.student_max, row.student_log_z, row.teacher_max, row.teacher_log_z, d, sum_g, unit_log_z,
-        kd_scale, ce_scale, z_scale, ts, tt, first_row, second_row,
+        row.student_max,
+        row.student_log_z,
+        row.teacher_max,
+        row.teacher_log_z,
+        d,
+        sum_g,
+        unit_log_z,
+        kd_scale,
+        ce_scale,
+        z_scale,
+        ts,
+        tt,
+        first_row,
+        second_row,
     ]
     if return_stats:
         student_entropy, teacher_entropy = _entropies(row, exclude)
@@ -323,6 +354,7 @@ def _divergence_sums(
 
 def _binary_kl(row: _Row) -> Tensor:
     """Forward KL of the (label, rest) distributions of both rows."""
+
     def log_probs(odds: Tensor) -> Tensor:
         return torch.nn.functional.logsigmoid(torch.cat([odds, -odds], 1))
 

@@ -100,7 +100,7 @@ def kl_div(
     dtype = torch.promote_types(input.dtype, target.dtype)
     if bool(input.dim()) != bool(target.dim()):
         dtype = (input if input.dim() else target).dtype
-    if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
+    if _autocasts(input.device.type) and dtype != torch.float64:
         dtype = torch.float32
     batch = input.shape[0] if input.dim() else 1
     if over_elements == "none" and torch.promote_types(input.dtype, target.dtype) != dtype:
@@ -117,6 +117,10 @@ def kl_div(
     if reduction == "batchmean":
         loss = loss / batch
     return loss.to(dtype)
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class KLDivLoss(nn.KLDivLoss):
