@@ -26,7 +26,7 @@ static inline Row row_of(const Matrix& m, int64_t i, int64_t skip) {
 // long enough for the hardware to prefetch: forward KL from memory takes 0.8 ns per column with
 // blocks of 4096 and 1.2 with blocks of 1024. (Software prefetch, of the next block or of half a
 // row ahead, changed neither.)
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kBlock = 2048;
 
 // A static template has internal linkage: what is compiled for one instruction set stays in its
 // file.
@@ -175,30 +175,44 @@ KD_LOOP double total(const Real* x, Real anchor, int64_t n) {
   return sum;
 }
 
+// What is read next: prefetched while exponentials are computed, `lines` cache lines for every 64
+// columns, 0 for none. One core then reads memory at the speed it computes: forward KL takes 0.49 ns
+// per column instead of 0.73. (Asked for in one burst before the block, it changed nothing.)
+struct Ahead {
+  const char* data = nullptr;
+  int64_t lines = 0;
+};
+
 // out[i] = 2^((x[i] − anchor)·c), returning their sum. The subtraction comes first: it is exact
 // where it matters, while a rounded anchor·c would cost digits as soon as the logits carry an
 // offset.
-KD_LOOP double exponentials(const Real* x, Real anchor, Real c, Real* out, int64_t n) {
-  int64_t quarter = quarter_of(n);
-  const Real *x1 = x + quarter, *x2 = x1 + quarter, *x3 = x2 + quarter;
-  Real *out1 = out + quarter, *out2 = out1 + quarter, *out3 = out2 + quarter;
+KD_LOOP double exponentials(const Real* x, Real anchor, Real c, Real* out, int64_t n, Ahead ahead) {
+  double sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int64_t line = 0; line < ahead.lines; ++line) {
+      __builtin_prefetch(ahead.data + line * 64, 0, 2);
+    }
+    ahead.data += ahead.lines * 64;
+    const Real* from = x + i;
+    Real* to = out + i;
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) {
+      Real e[4];
+      for (int64_t k = 0; k < 4; ++k) {
+        e[k] = exp2_scaled(from[j + k * kLanes] - anchor, c);
+        to[j + k * kLanes] = e[k];
+      }
+      sums[j] += static_cast<double>((e[0] + e[1]) + (e[2] + e[3]));
+    }
+  }
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < quarter; ++i) {
-    Real e = exp2_scaled(x[i] - anchor, c), e1 = exp2_scaled(x1[i] - anchor, c);
-    Real e2 = exp2_scaled(x2[i] - anchor, c), e3 = exp2_scaled(x3[i] - anchor, c);
-    out[i] = e;
-    out1[i] = e1;
-    out2[i] = e2;
-    out3[i] = e3;
-    sum += static_cast<double>((e + e1) + (e2 + e3));
+  for (int64_t j = i; j < n; ++j) {
+    out[j] = exp2_scaled(x[j] - anchor, c);
+    sum += static_cast<double>(out[j]);
   }
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 4 * quarter; i < n; ++i) {
-    Real e = exp2_scaled(x[i] - anchor, c);
-    out[i] = e;
-    sum += static_cast<double>(e);
-  }
+  for (double lane : sums) sum += lane;
   return sum;
 }
 

@@ -311,10 +311,10 @@ class RowKernel {
       Real p_factor = student_factor;
       if (reads_teacher_ || unit_is_student_) {
         const Real* s = load_padded(student_row_, start, columns(start), buffer_s_);
-        exponentials(s, student_.anchor, student_c_, es_, n);
+        exponentials(s, student_.anchor, student_c_, es_, n, ahead(p_.student, start));
         if (reads_teacher_) {
           const Real* t = load_padded(teacher_row_, start, columns(start), buffer_t_);
-          exponentials(t, teacher_.anchor, teacher_c_, et_, n);
+          exponentials(t, teacher_.anchor, teacher_c_, et_, n, ahead(p_.teacher, start));
           if (wants_teacher) scaled(et_, teacher_factor, out_teacher_, n);
           terms(s, t, es_, et_, buffers, n, student_, teacher_, student_factor, teacher_factor,
                 weights_, Real(0));
@@ -390,6 +390,13 @@ class RowKernel {
 
   char* gradient_row(const Matrix& m) const { return m.row(i_); }
 
+  // The block after the one that starts here, in this row or the next.
+  Ahead ahead(const Matrix& m, int64_t start) const {
+    int64_t size = size_of(m.dtype);
+    if (start + kBlock < p_.vocab) return {m.row(i_) + (start + kBlock) * size, size};
+    return i_ + 1 < p_.n ? Ahead{m.row(i_ + 1), size} : Ahead{};
+  }
+
   // What e^(…) of a block is to be multiplied by, where it was taken relative to that block's
   // maximum.
   static Real rescale(Real block_maximum, Real anchor, Real c) {
@@ -413,7 +420,7 @@ class RowKernel {
       const Real* s = load_padded(student_row_, start, columns(start), buffer_s_);
       max_s_[k] = maximum(s, n);
       if (reads_teacher_ || unit_is_student_) {
-        sum_s_[k] = exponentials(s, anchored(max_s_[k]), student_c_, es_ + start, n);
+        sum_s_[k] = exponentials(s, anchored(max_s_[k]), student_c_, es_ + start, n, ahead(p_.student, start));
       }
       if (reads_unit_ && !unit_is_student_) {
         if (excludes_) s = load_padded(full_student_, start, columns(start), buffer_unit_);
@@ -427,7 +434,7 @@ class RowKernel {
       if (reads_teacher_) {
         const Real* t = load_padded(teacher_row_, start, columns(start), buffer_t_);
         max_t_[k] = maximum(t, n);
-        sum_t_[k] = exponentials(t, anchored(max_t_[k]), teacher_c_, et_ + start, n);
+        sum_t_[k] = exponentials(t, anchored(max_t_[k]), teacher_c_, et_ + start, n, ahead(p_.teacher, start));
       }
     }
     if (reads_teacher_ || unit_is_student_) reduce(max_s_, sum_s_, student_c_, student_);
