@@ -420,7 +420,8 @@ class RowKernel {
       const Real* s = load_padded(student_row_, start, columns(start), buffer_s_);
       max_s_[k] = maximum(s, n);
       if (reads_teacher_ || unit_is_student_) {
-        sum_s_[k] = exponentials(s, anchored(max_s_[k]), student_c_, es_ + start, n, ahead(p_.student, start));
+        sum_s_[k] = exponentials(s, anchored(max_s_[k]), student_c_, es_ + start, n,
+                                 ahead(p_.student, start));
       }
       if (reads_unit_ && !unit_is_student_) {
         if (excludes_) s = load_padded(full_student_, start, columns(start), buffer_unit_);
@@ -434,7 +435,8 @@ class RowKernel {
       if (reads_teacher_) {
         const Real* t = load_padded(teacher_row_, start, columns(start), buffer_t_);
         max_t_[k] = maximum(t, n);
-        sum_t_[k] = exponentials(t, anchored(max_t_[k]), teacher_c_, et_ + start, n, ahead(p_.teacher, start));
+        sum_t_[k] = exponentials(t, anchored(max_t_[k]), teacher_c_, et_ + start, n,
+                                 ahead(p_.teacher, start));
       }
     }
     if (reads_teacher_ || unit_is_student_) reduce(max_s_, sum_s_, student_c_, student_);
