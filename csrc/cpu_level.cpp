@@ -9,11 +9,13 @@ static CpuLevel detect() {
   CpuLevel best = baseline;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) {
-    best = avx512;
-  } else if (__builtin_cpu_supports("x86-64-v3")) {
-    best = avx2;
-  }
+  // The features of x86-64-v3 and v4 one by one: g++ 11 knows the levels as targets but not here.
+  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+            __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl");
+  if (v3) best = v4 ? avx512 : avx2;
 #endif
   const char* wanted = std::getenv("KDKERNELS_CPU_LEVEL");
   if (wanted == nullptr) return best;

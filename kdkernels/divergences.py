@@ -9,6 +9,7 @@ or its like: the sum is the same because Σp = Σq = 1, every term is ≥ 0 and 
 keeps its digits in float32 and rounding cannot make it negative.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class Divergence:
     name: str
     first: Parameter = 0.0
     second: Parameter = 0.0
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """The names of ``first`` and ``second``, for messages."""
+        return _PARAMETERS[self.name]
 
 
 def _checked(
@@ -157,7 +163,7 @@ def resolve(divergence: str | Divergence) -> Divergence:
     """The divergence that a name (with default parameters) or an object stands for."""
     if isinstance(divergence, Divergence):
         return divergence
-    if divergence not in DIVERGENCES:
+    if not isinstance(divergence, str) or divergence not in DIVERGENCES:
         raise ValueError(
             f"divergence={divergence!r} is unknown; accepted: {', '.join(DIVERGENCES)}, "
             "or an object made by kdkernels.divergences"
@@ -353,3 +359,7 @@ DIVERGENCES: dict[str, Callable[..., Divergence]] = {
 }
 
 _DEFAULTS = {name: make() for name, make in DIVERGENCES.items()}
+_PARAMETERS: dict[str, tuple[str, str]] = {}
+for _name, _make in DIVERGENCES.items():
+    _given = [*inspect.signature(_make).parameters, "", ""]
+    _PARAMETERS[_name] = (_given[0], _given[1])

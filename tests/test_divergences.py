@@ -182,6 +182,21 @@ def test_a_gradient_by_hand(backend):
         assert grad[0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
+def test_total_variation_with_one_tie_by_hand(backend):
+    """p = (1/2, 1/2, 0), q = (1/2, 0, 1/2): 1/2 sign(p - q) is (0, 1/2, -1/2), times p (0, 1/4, 0).
+
+    Less p times the sum, 1/4: (-1/8, 1/8, 0). Another subgradient at the tie would give 0 or twice.
+    """
+    student = torch.tensor([[0.0, 0.0, -math.inf]])
+    teacher = torch.tensor([[0.0, -math.inf, 0.0]])
+    loss, student_grad, teacher_grad = kdkernels.distillation_loss_and_grad(
+        student, teacher, divergence="tvd", teacher_grad=True, backend=backend
+    )
+    assert loss.item() == 0.5
+    assert student_grad[0].tolist() == [-0.125, 0.125, 0.0]
+    assert teacher_grad[0].tolist() == [-0.125, 0.0, 0.125]
+
+
 # Identities --------------------------------------------------------------------------------------
 
 

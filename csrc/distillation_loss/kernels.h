@@ -155,6 +155,12 @@ KD_LOOP void add_scaled(const Real* p, Real scale, Real uniform, Real* out, int6
   for (int64_t i = 0; i < n; ++i) out[i] = p[i] * scale + (out[i] - uniform);
 }
 
+// Zero wins: a masked row's gradient stays 0 whatever the upstream factor is.
+KD_LOOP void scaled_nonzero(const Real* x, Real factor, Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = times(x[i], factor);
+}
+
 KD_LOOP void fill_row(const Matrix& matrix, int64_t row, int64_t from) {
   Real zeros[256];
   fill(zeros, Real(0), 256);
@@ -687,7 +693,7 @@ void scale_rows(const Matrix& matrix, const Real* factor, int64_t stride, int64_
     for (int64_t start = 0; start < matrix.columns; start += kBlock) {
       int64_t n = matrix.columns - start < kBlock ? matrix.columns - start : kBlock;
       const Real* x = load(row, start, n, buffer);
-      scaled(x, by, buffer, n);
+      scaled_nonzero(x, by, buffer, n);
       store(buffer, matrix.row(i), matrix.dtype, start, n);
     }
   }

@@ -36,6 +36,8 @@ def option_pair(
             accepted = "a finite float" + (" > 0" if positive else "")
             raise ValueError(f"{name}={value}; accepted: {accepted}, or a Tensor")
         return float(value), None
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {value.dtype}; accepted: real dtypes")
     if value.dim() and value.shape != leading:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; accepted: a float, (), or {tuple(leading)}"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,6 +72,9 @@ def train(
     is damaged or of another run, FloatingPointError at the first step whose loss is not finite.
     """
     _check_arguments(config, train_loader, teacher)
+    # Accelerate keeps one precision a process; a second run with another would be refused.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         dataloader_config=DataLoaderConfiguration(

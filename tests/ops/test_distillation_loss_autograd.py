@@ -164,6 +164,22 @@ def test_no_input_is_mutated(dtype, backend):
         assert torch.equal(x, old) and x._version == 0
 
 
+def test_what_lives_between_forward_and_backward(backend):
+    """The logits themselves and some numbers a row: no buffer of the logits' size."""
+    student, teacher = (x.requires_grad_() for x in pair(8, 1000))
+    saved = []
+
+    def pack(x):
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kdkernels.distillation_loss(student, teacher, teacher_grad=True, backend=backend)
+    addresses = {student.data_ptr(), teacher.data_ptr()}
+    own = [x for x in saved if x.data_ptr() not in addresses]
+    assert len(saved) > len(own) and sum(x.numel() for x in own) <= 8 * 32
+
+
 def test_logits_changed_after_the_forward(backend):
     """PyTorch's own error: the backward reads the logits again."""
     leaf, teacher = pair(4, 67)
@@ -249,8 +265,11 @@ def test_a_leaf_is_refused_in_place(backend):
     student, teacher = pair(4, 67)
     student.requires_grad_()
     before = student.detach().clone()
-    with pytest.raises(RuntimeError, match="leaf"):
-        kdkernels.distillation_loss(student, teacher, inplace=True, backend=backend)
+    for leaf in (student, student[1:], student.view(2, 2, 67)):
+        with pytest.raises(RuntimeError, match="inplace.*leaf"):
+            kdkernels.distillation_loss(
+                leaf, teacher[: len(leaf)].reshape(leaf.shape), inplace=True, backend=backend
+            )
     assert torch.equal(student, before)
 
 
@@ -310,6 +329,16 @@ def test_in_place_of_rows_within_a_larger_buffer(name, backend):
     kdkernels.distillation_loss_and_grad(view, teacher, labels, inplace=True, **options)
     assert torch.equal(view, grad) and (view[:, 67:] == 0).all()
     assert (buffer[:, :5] == 7).all() and (buffer[:, 85:] == 7).all()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "tvd", "renyi"])
+def test_in_place_over_the_teacher_itself(name, backend):
+    """Self-distillation at two temperatures: the teacher's logits are the memory that is written."""
+    student = logits(3, 10007)  # longer than any block of columns
+    options = dict(divergence=name, teacher_temperature=2.0, teacher_grad=True, backend=backend)
+    want = kdkernels.distillation_loss_and_grad(student, student.clone(), **options)
+    got = kdkernels.distillation_loss_and_grad(student, student, inplace=True, **options)
+    assert all(map(torch.equal, got, want))
 
 
 # Double backward ---------------------------------------------------------------------------------
@@ -420,23 +449,45 @@ def test_and_grad_returns_what_is_asked_for(backend):
     assert len(f(student, teacher, teacher_grad=True, return_stats=True, backend=backend)) == 4
 
 
-def test_fake_tensors_and_meta():
-    """Shapes and dtypes without data: under FakeTensorMode and on the meta device."""
-    for device in ("cpu", "meta"):
-        with FakeTensorMode():
-            student = torch.randn(4, 67, device=device, dtype=torch.bfloat16, requires_grad=True)
-            teacher = torch.randn(4, 67, device=device)
-            labels = torch.zeros(4, dtype=torch.long, device=device)
-            loss = kdkernels.distillation_loss(
-                student, teacher, labels, ce_weight=1.0, reduction="none"
-            )
-            loss.sum().backward()
-        assert loss.shape == (4,) and loss.dtype == torch.float32
-        assert student.grad.shape == (4, 67) and student.grad.dtype == torch.bfloat16
-    student = torch.empty(4, 67, device="meta", requires_grad=True)
-    loss = kdkernels.distillation_loss(student, torch.empty(4, 67, device="meta"))
-    loss.backward()
-    assert loss.device.type == "meta" and student.grad.shape == (4, 67)
+def test_fake_tensors(backend):
+    """Shapes and dtypes without data, labels included, which nobody can look at."""
+    with FakeTensorMode():
+        student = torch.randn(4, 67, dtype=torch.bfloat16, requires_grad=True)
+        teacher = torch.randn(4, 67)
+        labels = torch.zeros(4, dtype=torch.long)
+        loss = kdkernels.distillation_loss(
+            student, teacher, labels, ce_weight=1.0, reduction="none", backend=backend
+        )
+        loss.sum().backward()
+        at_once = kdkernels.distillation_loss_and_grad(student, teacher, labels, backend=backend)
+    assert loss.shape == (4,) and loss.dtype == torch.float32
+    for grad in (student.grad, at_once[1]):
+        assert grad.shape == (4, 67) and grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name, parameters", ALL)
+def test_nothing_waits_for_the_device(name, parameters):
+    """On the meta device whatever reads a value on the host raises: so does nothing here."""
+    leaf = torch.empty(4, 67, device="meta", requires_grad=True)
+    teacher = torch.empty(4, 67, device="meta", requires_grad=True)
+    labels = torch.empty(4, device="meta", dtype=torch.long)
+    weights = torch.empty(4, device="meta")
+    options = dict(
+        divergence=divergence(name, parameters),
+        temperature=weights,
+        ce_weight=weights,
+        token_weights=weights,
+        normalizer=torch.empty((), device="meta"),
+        teacher_grad=True,
+        return_stats=True,
+    )
+    for inplace in (False, True):
+        loss, stats = kdkernels.distillation_loss(
+            leaf * 1, teacher, labels, inplace=inplace, **options
+        )
+        (loss * 2).backward()
+        assert loss.device.type == "meta" and loss.shape == () and stats.kd.shape == (4,)
+    assert leaf.grad.shape == teacher.grad.shape == (4, 67)
 
 
 # The module --------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ REFUSED = [
     (ValueError, dict(teacher_temperature=0.0), "teacher_temperature=0.0 | > 0"),
     (ValueError, dict(kd_weight=math.nan), "kd_weight=nan"),
     (ValueError, dict(z_loss_weight=math.inf), "z_loss_weight=inf"),
+    (ValueError, dict(normalizer=0.0), "normalizer=0.0 | > 0"),
+    (ValueError, dict(normalizer=-3), "normalizer=-3 | > 0"),
     (ValueError, dict(label_smoothing=1.1), "label_smoothing=1.1 | [0, 1]"),
     (ValueError, dict(label_smoothing=-0.1), "label_smoothing=-0.1 | [0, 1]"),
     (ValueError, dict(vocab_size=0), "vocab_size=0 | 67"),
@@ -227,6 +229,7 @@ def test_in_place_rows_that_cannot_be_written_as_they_lie(backend):
         (torch.randn(67, 4).T, "columns apart"),
         (torch.randn(1, 67).expand(4, 67), "rows on top of each other"),
         (torch.randn(2, 3, 67)[:, :2], "leading dimensions that do not flatten"),
+        (torch.randn(500).as_strided((4, 67), (60, 1)), "rows that overlap"),
     ):
         before = view.clone()
         with pytest.raises(ValueError, match="inplace.*strides") as raised:
@@ -235,6 +238,15 @@ def test_in_place_rows_that_cannot_be_written_as_they_lie(backend):
             )
         assert str(tuple(view.stride())) in str(raised.value), reason
         assert torch.equal(view, before)
+
+
+def test_in_place_beside_a_teacher_in_the_same_memory(backend):
+    """A row written before the next is read as its teacher."""
+    buffer = torch.randn(5, 67)
+    before = buffer.clone()
+    with pytest.raises(ValueError, match="inplace.*teacher_logits.*memory"):
+        kdkernels.distillation_loss_and_grad(buffer[:4], buffer[1:], inplace=True, backend=backend)
+    assert torch.equal(buffer, before)
 
 
 def test_cpp_refuses_another_device():

@@ -360,21 +360,21 @@ def test_arguments_that_do_not_fit_together():
 
 
 def test_bf16_autocast_trains_float32_weights():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process otherwise
-    try:
+    """Between two float32 runs: Accelerate keeps one precision a process, and refuses another."""
+    for mixed_precision, seen_by_teacher in (
+        ("no", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("no", torch.float32),
+    ):
         student, teacher = make_models()
         seen = set()
-        teacher.register_forward_hook(lambda m, args, output: seen.add(output.dtype))
+        teacher.register_forward_hook(lambda m, args, output, seen=seen: seen.add(output.dtype))
         before = student[0].weight.clone()
-        run(student=student, teacher=teacher, mixed_precision="bf16")
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    assert seen == {torch.bfloat16}
-    assert student[0].weight.dtype == torch.float32
-    assert student[0].weight.isfinite().all() and not torch.equal(student[0].weight, before)
-    assert student(torch.randn(4, 12)).dtype == torch.float32  # the wrapper is gone again
+        run(student=student, teacher=teacher, mixed_precision=mixed_precision)
+        assert seen == {seen_by_teacher}
+        assert student[0].weight.dtype == torch.float32
+        assert student[0].weight.isfinite().all() and not torch.equal(student[0].weight, before)
+        assert student(torch.randn(4, 12)).dtype == torch.float32  # the wrapper is gone again
 
 
 def test_tensorboard_scalars_survive_a_resume_once(tmp_path):

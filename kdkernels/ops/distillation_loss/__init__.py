@@ -90,6 +90,7 @@ def distillation_loss(
 
     Args:
         student_logits: (..., V) float64, float32, bfloat16 or float16; any leading shape (N tokens in all) and row stride.
+            Leading dimensions that do not flatten to one stride, as in ``logits[:, :-1]``, cost a copy: shift labels instead.
         teacher_logits: (..., V) of the same shape; its dtype may differ, and with ``vocab_size`` its padding.
         labels: (...) integer column numbers, or ``ignore_index``; not shifted. Needed for ``ce_weight`` and DKD.
         divergence: a name in ``kdkernels.divergences.DIVERGENCES`` or an object made by one of those functions.
@@ -104,10 +105,13 @@ def distillation_loss(
         vocab_size: true number of columns where the logits are padded; padding is not read and gets gradient 0.
         reduction: "batchmean": KD and z-loss over the sum of their tokens' weights, CE over its own; "sum"; "none": one
             loss a token, undivided; "mean": as batchmean with KD divided by V too, as torch means "mean".
-        normalizer: replaces both denominators of batchmean and mean (``num_items_in_batch``): number or 0-d tensor.
+        normalizer: replaces both denominators of batchmean and mean (``num_items_in_batch``): a number > 0 or a 0-d tensor,
+            where 0 counts as 1.
         teacher_grad: also give the teacher its gradient (mutual and online distillation); else it is detached.
         inplace: write the gradient over ``student_logits``, which must not be read afterwards (PyTorch's version counter
-            catches whoever saved them). Not for leaf tensors; one backward only. Untouched where no gradient is needed.
+            catches whoever saved them). Not for leaf tensors, rows that overlap, or a teacher in the same memory; one
+            backward only. Untouched where no gradient is needed. The gradient is rounded to the logits' dtype before the
+            upstream factor reaches it: with float16 and a GradScaler use the default, or put the scale into the weights.
         return_stats: also return ``DistillationStats`` of the same sweep.
         backend: None chooses (``kdkernels.explain``); "cpp" or "reference" serves the call or raises.
 
@@ -152,11 +156,6 @@ def distillation_loss(
     )
     with_grad = torch.is_grad_enabled()
     if with_grad and inplace and call.student.requires_grad:
-        if student_logits.is_leaf:
-            raise RuntimeError(
-                "inplace=True would overwrite student_logits, a leaf tensor that requires grad; "
-                "accepted: the output of a model, or inplace=False"
-            )
         loss, rows = _InPlace.apply(call.student, call.teacher, call.backend, *call.options)
     elif with_grad and (call.student.requires_grad or call.teacher.requires_grad):
         loss, rows = _Default.apply(call.student, call.teacher, call.backend, *call.options)
@@ -175,14 +174,16 @@ def distillation_loss_and_grad(
 
     Takes what ``distillation_loss`` takes and raises what it raises. No autograd: the inputs need not require grad and the
     results do not. Under ``reduction="none"`` the gradient is that of the sum. With ``inplace=True`` the student's gradient
-    is written over ``student_logits``, which is returned.
+    is written over ``student_logits``, which is returned. Gradients are rounded to their logits' dtype as they are: scale
+    the weights, not the result, where float16 would underflow.
 
     Returns:
         (loss, student_grad), then the teacher's gradient with ``teacher_grad=True``, then DistillationStats with
         ``return_stats=True``. Gradients have their logits' shape and dtype.
     """
+    _check_names("distillation_loss_and_grad", options)
+    call = _prepare(student_logits, teacher_logits, labels, **options)
     with torch.no_grad():
-        call = _prepare(student_logits, teacher_logits, labels, **options)
         if options.get("inplace", False):
             loss, rows, teacher_grad = _run(
                 call.backend,
@@ -228,10 +229,7 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, **options: Any):
         super().__init__()
-        accepted = [*inspect.signature(distillation_loss).parameters][3:]
-        for name in options:
-            if name not in accepted:
-                raise TypeError(f"DistillationLoss got {name!r}; accepted: {', '.join(accepted)}")
+        _check_names("DistillationLoss", options)
         if "divergence" in options:
             resolve(options["divergence"])
         self.options = options
@@ -255,6 +253,13 @@ def explain(student_logits: Tensor, backend: str | None = None) -> str:
     """The backend that a call with these student logits would use, and why, without running anything."""
     name, why = _backend.choose(backend, student_logits.device)
     return f"{name}: {why}"
+
+
+def _check_names(function: str, options: dict[str, Any]) -> None:
+    accepted = [*inspect.signature(distillation_loss).parameters][3:]
+    for name in options:
+        if name not in accepted:
+            raise TypeError(f"{function} got {name!r}; accepted: {', '.join(accepted)}")
 
 
 class _Call(NamedTuple):
@@ -298,8 +303,23 @@ def _prepare(
         vocab_size = columns
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}; accepted: {', '.join(REDUCTIONS)}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(
+            f"label_smoothing is a {type(label_smoothing).__name__}; accepted: float in [0, 1]"
+        )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing={label_smoothing}; accepted: [0, 1]")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; accepted: int")
+    for name, flag in (
+        ("t_squared", t_squared),
+        ("mask_kd", mask_kd),
+        ("teacher_grad", teacher_grad),
+        ("inplace", inplace),
+        ("return_stats", return_stats),
+    ):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is a {type(flag).__name__}; accepted: bool")
     if normalizer is not None and reduction not in ("batchmean", "mean"):
         raise ValueError(
             f"normalizer with reduction={reduction!r}; accepted: reduction='batchmean' or 'mean'"
@@ -325,6 +345,8 @@ def _prepare(
     rest = (leading, student_logits.device, compute)
     if token_weights is not None:
         _check_shape("token_weights", token_weights, leading, student_logits.device)
+        if token_weights.is_complex():
+            raise TypeError(f"token_weights has dtype {token_weights.dtype}; accepted: real dtypes")
         if token_weights.requires_grad:
             raise ValueError("token_weights requires grad; accepted: tensors without gradient")
         token_weights = token_weights.reshape(-1).to(compute)
@@ -332,13 +354,15 @@ def _prepare(
         teacher_temperature = temperature
     normalizer_pair: tuple[float | None, Tensor | None] = (None, None)
     if normalizer is not None:
-        normalizer_pair = option_pair("normalizer", normalizer, torch.Size(()), *rest[1:])
+        normalizer_pair = option_pair(
+            "normalizer", normalizer, torch.Size(()), *rest[1:], positive=True
+        )
     options = (
         pass_labels,
         token_weights,
         member.name,
-        *option_pair(f"{member.name}'s first parameter", member.first, *rest),
-        *option_pair(f"{member.name}'s second parameter", member.second, *rest),
+        *option_pair(f"divergence {member.name}({member.parameters[0]})", member.first, *rest),
+        *option_pair(f"divergence {member.name}({member.parameters[1]})", member.second, *rest),
         *option_pair("temperature", temperature, *rest, positive=True),
         *option_pair("teacher_temperature", teacher_temperature, *rest, positive=True),
         *option_pair("kd_weight", kd_weight, *rest),
@@ -356,22 +380,57 @@ def _prepare(
     if not teacher_grad:
         teacher_logits = teacher_logits.detach()
     student = two_dimensional(student_logits, columns)
+    teacher = two_dimensional(teacher_logits, teacher_logits.shape[-1])
     if inplace:
-        if student.data_ptr() != student_logits.data_ptr() or 0 in student.stride():
-            raise ValueError(
-                f"inplace=True with student_logits of strides {student_logits.stride()}, whose rows cannot be "
-                "written as they lie; accepted: columns of stride 1 and leading dimensions that flatten"
-            )
+        _check_inplace(student_logits, student, teacher)
     if chosen == "reference" and pass_labels is not None:
         _check_labels(pass_labels, ignore_index, vocab_size)
-    return _Call(
-        student,
-        two_dimensional(teacher_logits, teacher_logits.shape[-1]),
-        chosen,
-        options,
-        leading,
-        teacher_grad,
+    return _Call(student, teacher, chosen, options, leading, teacher_grad)
+
+
+def _check_inplace(student_logits: Tensor, student: Tensor, teacher: Tensor) -> None:
+    """Refuses logits that cannot be written over: leaves, rows that overlap, a teacher in the same memory."""
+    base = student_logits if student_logits._base is None else student_logits._base
+    if student_logits.requires_grad and base.is_leaf and base.requires_grad:
+        raise RuntimeError(
+            "inplace=True would overwrite student_logits, a leaf tensor that requires grad or a view of one; "
+            "accepted: the output of a model, or inplace=False"
+        )
+    rows, columns = student.shape
+    sizes = [
+        (size, stride)
+        for size, stride in zip(student_logits.shape[:-1], student_logits.stride(), strict=False)
+        if size > 1
+    ]
+    flattens = (columns == 1 or student_logits.stride(-1) == 1) and all(
+        outer == size * stride
+        for (_, outer), (size, stride) in zip(sizes, sizes[1:], strict=False)
     )
+    if not flattens or (rows > 1 and student.stride(0) < columns):
+        raise ValueError(
+            f"inplace=True with student_logits of strides {student_logits.stride()}, whose rows cannot be "
+            "written as they lie; accepted: columns of stride 1, leading dimensions that flatten, no overlap"
+        )
+    if torch.compiler.is_compiling() or rows == 0:
+        return
+    same = (student.data_ptr(), student.stride(), student.dtype) == (
+        teacher.data_ptr(),
+        teacher.stride(),
+        teacher.dtype,
+    )
+    if not same and _byte_range(student)[0] < _byte_range(teacher)[1] and (
+        _byte_range(teacher)[0] < _byte_range(student)[1]
+    ):
+        raise ValueError(
+            "inplace=True with teacher_logits in the memory of student_logits at another offset, stride or dtype; "
+            "accepted: memory of its own, or exactly the same logits"
+        )
+
+
+def _byte_range(rows: Tensor) -> tuple[int, int]:
+    begin = rows.data_ptr()
+    last = (rows.shape[0] - 1) * rows.stride(0) + rows.shape[1]
+    return begin, begin + last * rows.element_size()
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -391,6 +450,8 @@ def _check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> N
             f"teacher_logits has shape {tuple(teacher.shape)}; accepted: student_logits' "
             f"{tuple(student.shape)}, or another number of columns with vocab_size= the true one"
         )
+    if not isinstance(vocab_size, (int, torch.SymInt, type(None))):
+        raise TypeError(f"vocab_size is a {type(vocab_size).__name__}; accepted: int or None")
     widest = min(student.shape[-1], teacher.shape[-1])
     if vocab_size is not None and not 1 <= vocab_size <= widest:
         raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the {widest} columns given")

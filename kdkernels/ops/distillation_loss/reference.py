@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...divergences import TERMS, allowed, geometric
 
-# One line of `rows` each. csrc/distillation_loss/rows.h has the same list; a test compares them.
+# One line of `rows` each; csrc/distillation_loss/problem.h has the same list.
 ROWS = (
     "student_max",  # largest logit
     "student_log_z",  # log Σ exp((s − max)/τs): the log-sum-exp, less max/τs, so that large offsets cost no digits
@@ -80,7 +80,8 @@ def distillation_loss_and_grad_(
 
 def scale_rows_(grad: Tensor, factor: Tensor) -> None:
     """Multiply each row of grad (N, V) in place by factor, () or (N,)."""
-    grad.copy_(grad * factor.reshape(-1, 1).to(torch.promote_types(grad.dtype, torch.float32)))
+    scaled = grad * factor.reshape(-1, 1).to(torch.promote_types(grad.dtype, torch.float32))
+    grad.copy_(torch.where(grad == 0, 0.0, scaled))  # a masked row stays 0 whatever the factor
 
 
 def distillation_loss_backward(
