@@ -634,7 +634,9 @@ class RowKernel {
     if (kd_scale_ == 0) return fill(out_teacher_, Real(0), n);
     Real scale = kd_scale_ * upstream_ * teacher_.inverse_temperature;
     Real factor = 1, sum_h = divergence_ - sum_g_, at_label = 0;
-    if (effective_ == Divergence::ab) {
+    if (effective_ == Divergence::reverse_kl) {
+      sum_h = 0;  // Σq − Σp
+    } else if (effective_ == Divergence::ab) {
       sum_h = (weights_.first + weights_.second) * divergence_ - sum_g_;
     } else if (effective_ == Divergence::renyi) {
       sum_h = weights_.first / (weights_.first - 1);

@@ -73,7 +73,10 @@ def train(
     """
     _check_arguments(config, train_loader, teacher)
     # Accelerate keeps one precision a process; a second run with another would be refused.
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+    if (
+        AcceleratorState._shared_state
+        and AcceleratorState().mixed_precision != config.mixed_precision
+    ):
         AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,

@@ -265,7 +265,7 @@ def test_a_leaf_is_refused_in_place(backend):
     student, teacher = pair(4, 67)
     student.requires_grad_()
     before = student.detach().clone()
-    for leaf in (student, student[1:], student.view(2, 2, 67)):
+    for leaf in (student, student[1:], student.view(4, 1, 67)):
         with pytest.raises(RuntimeError, match="inplace.*leaf"):
             kdkernels.distillation_loss(
                 leaf, teacher[: len(leaf)].reshape(leaf.shape), inplace=True, backend=backend
@@ -389,6 +389,40 @@ def test_a_graph_of_the_gradient_that_nobody_uses_is_fine(backend):
 
 
 # Modes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone: hooks and all, no network."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "in place"])
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
+def test_data_parallel(wrap, inplace, process_group, backend):
+    """The gradients of the bare model; a rank whose tokens are all ignored takes part too."""
+    teacher, labels = logits(6, 67), torch.tensor([3, -100, 5, 6, -100, 1])
+    x = torch.randn(6, 16)
+    bare = torch.nn.Linear(16, 67)
+    wrapped = copy.deepcopy(bare)
+    if wrap == "DDP":
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
+    else:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        torch.distributed.fsdp.fully_shard(wrapped, mesh=mesh)
+    for y in (labels, torch.full_like(labels, -100)):
+        for model in (bare, wrapped):
+            model.zero_grad()
+            kdkernels.distillation_loss(
+                model(x), teacher, y, ce_weight=0.5, inplace=inplace, backend=backend
+            ).backward()
+        for a, b in zip(bare.parameters(), wrapped.parameters(), strict=True):
+            grad = b.grad.full_tensor() if wrap == "FSDP2" else b.grad
+            torch.testing.assert_close(grad, a.grad)
 
 
 def test_autocast_changes_nothing(backend):

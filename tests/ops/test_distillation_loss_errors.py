@@ -34,6 +34,8 @@ REFUSED = [
     (TypeError, dict(labels=[1, 2, 3, 4]), "labels | list | Tensor"),
     (TypeError, dict(token_weights=[1.0] * 4), "token_weights | list | Tensor"),
     (TypeError, dict(temperature="2"), "temperature | str | float or Tensor"),
+    (TypeError, dict(temperature=torch.ones((), dtype=torch.cfloat)), "temperature | complex64"),
+    (TypeError, dict(kd_weight=torch.ones(4) > 0), "kd_weight | torch.bool"),
     (TypeError, dict(kd_weight=None), "kd_weight | NoneType"),
     (TypeError, dict(temperature=True), "temperature | bool"),
     ((TypeError, ValueError), dict(divergence=3), "divergence | 3"),

@@ -117,7 +117,7 @@ def distillation_loss_backward(
     _, g, h = TERMS[divergence](row.a, row.b, row.p, row.q, first, second)
     sum_g, d = line["sum_g"][:, None], line["divergence"][:, None]
     degree = first + second if divergence == "ab" else 1.0
-    sum_h = degree * d - sum_g
+    sum_h = torch.zeros_like(d) if divergence == "reverse_kl" else degree * d - sum_g
     if divergence == "renyi":
         tilted = torch.exp(geometric(row.a, row.b, first) - sum_g)
         limit = first == 1
