@@ -93,10 +93,9 @@ struct Jeffreys : Plain {
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
     auto forward = ForwardKL::term(a, b, p, q, e, w), reverse = ReverseKL::term(a, b, p, q, e, w);
-    Real rest = 1 - w.first;
-    return {times(w.first, forward.phi) + times(rest, reverse.phi),
-            times(w.first, forward.g) + times(rest, reverse.g),
-            times(w.first, forward.h) + times(rest, reverse.h)};
+    Real weight = w.first, rest = 1 - weight;
+    return {weight * forward.phi + rest * reverse.phi, weight * forward.g + rest * reverse.g,
+            weight * forward.h + rest * reverse.h};
   }
 };
 
@@ -209,6 +208,9 @@ struct AlphaBeta : Plain {
 template <class Real>
 KD_INLINE Divergence select(Divergence divergence, Real first) {
   switch (divergence) {
+    case Divergence::jeffreys:
+      if (first == 0) return Divergence::reverse_kl;
+      return first == 1 ? Divergence::forward_kl : divergence;
     case Divergence::jsd:
       if (first == 1) return Divergence::reverse_kl;
       return first == 0 ? Divergence::forward_kl : divergence;
