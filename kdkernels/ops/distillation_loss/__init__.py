@@ -157,9 +157,9 @@ def distillation_loss(
     )
     with_grad = torch.is_grad_enabled()
     if with_grad and inplace and call.student.requires_grad:
-        loss, rows = _InPlace.apply(call.student, call.teacher, call.backend, *call.options)
+        loss, rows = _InPlace.apply(call.student, call.teacher, call.backend, call.options)
     elif with_grad and (call.student.requires_grad or call.teacher.requires_grad):
-        loss, rows = _Default.apply(call.student, call.teacher, call.backend, *call.options)
+        loss, rows = _Default.apply(call.student, call.teacher, call.backend, call.options)
     else:
         loss, rows = _run(
             call.backend, "distillation_loss", call.student, call.teacher, *call.options
@@ -510,7 +510,7 @@ class _Default(torch.autograd.Function):
     """Keeps the logits and their row statistics; the backward reads the logits once more."""
 
     @staticmethod
-    def forward(ctx, student, teacher, backend, *options):
+    def forward(ctx, student, teacher, backend, options):
         loss, rows = _run(backend, "distillation_loss", student, teacher, *options)
         ctx.save_for_backward(student, teacher, rows, options[_PLACE["labels"]])
         ctx.backend = backend
@@ -524,7 +524,7 @@ class _Default(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return (None,) * (3 + len(_PLACE))
+            return None, None, None, None
         student, teacher, rows, labels = ctx.saved_tensors
         with torch.no_grad():
             grads = _run(
@@ -545,7 +545,7 @@ class _InPlace(torch.autograd.Function):
     """Writes the gradient over the student's logits in the forward; the backward hands it on."""
 
     @staticmethod
-    def forward(ctx, student, teacher, backend, *options):
+    def forward(ctx, student, teacher, backend, options):
         loss, rows, teacher_grad = _run(
             backend,
             "distillation_loss_and_grad_",
@@ -566,7 +566,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return (None,) * (3 + len(_PLACE))
+            return None, None, None, None
         if ctx.spent:
             raise RuntimeError(
                 "second backward through distillation_loss(inplace=True): its gradient was handed on by the first; "
@@ -587,4 +587,4 @@ class _InPlace(torch.autograd.Function):
 def _hand_over(ctx, grads, *differentiable):
     """The gradients of a backward, guarded where somebody wants to differentiate them again."""
     wanted = no_double_backward(ctx, grads, *differentiable)
-    return *wanted, None, *(None,) * len(_PLACE)
+    return *wanted, None, None
