@@ -158,7 +158,7 @@ KD_LOOP void add_scaled(const Real* p, Real scale, Real uniform, Real* out, int6
 // Zero wins: a masked row's gradient stays 0 whatever the upstream factor is.
 KD_LOOP void scaled_nonzero(const Real* x, Real factor, Real* out, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = times(x[i], factor);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] == 0 ? x[i] : x[i] * factor;
 }
 
 KD_LOOP void fill_row(const Matrix& matrix, int64_t row, int64_t from) {

@@ -81,7 +81,7 @@ def distillation_loss_and_grad_(
 def scale_rows_(grad: Tensor, factor: Tensor) -> None:
     """Multiply each row of grad (N, V) in place by factor, () or (N,)."""
     scaled = grad * factor.reshape(-1, 1).to(torch.promote_types(grad.dtype, torch.float32))
-    grad.copy_(torch.where(grad == 0, 0.0, scaled))  # a masked row stays 0 whatever the factor
+    grad.copy_(torch.where(grad == 0, grad, scaled))  # a masked row stays 0 whatever the factor
 
 
 def distillation_loss_backward(
