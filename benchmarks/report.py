@@ -205,8 +205,9 @@ def markdown(run: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Printed by `python -m benchmarks`: {machine_line(run)}. Times are medians "
-            "in ms of loss and student gradient; ratios are medians over the rounds. Other processes "
-            f"used at most {max(r['disturbance'] for r in run['cases']):.2f} cores meanwhile.",
+            "in ms of loss and student gradient; ratios are medians over the rounds. Other "
+            f"processes used at most {max(r['disturbance'] for r in run['cases']):.2f} cores "
+            "meanwhile.",
             *(_markdown_table(_speed_rows(part)) for part in _parts(run) if part),
             _markdown_table(threshold_rows(run)),
         ]

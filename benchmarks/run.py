@@ -167,7 +167,9 @@ def measure(
 
 
 def _others_seconds() -> float:
-    """Processor seconds that everybody but this process has used: timings mean little where it grows."""
+    """Processor seconds that everybody but this process has used:
+    timings mean little where it grows.
+    """
     with open("/proc/stat") as stat:
         user, nice, system, idle, iowait, *interrupts = map(int, stat.readline().split()[1:9])
     ticks = user + nice + system + sum(interrupts)
@@ -181,7 +183,9 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def ratios(times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Every baseline's time over every one of ours, round by round: a slow second hits both alike."""
+    """Every baseline's time over every one of ours, round by round:
+    a slow second hits both alike.
+    """
     result = []
     for baseline in times:
         for ours in times:

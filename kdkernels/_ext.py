@@ -1,4 +1,6 @@
-"""Loads the compiled library; never raises. What went wrong is kept for whoever asks for it by name."""
+"""Loads the compiled library; never raises. What went wrong is kept
+for whoever asks for it by name.
+"""
 
 import importlib
 
@@ -20,7 +22,9 @@ def cpp_error() -> str | None:
 
 
 def cpu_level() -> str:
-    """The instruction set that the C++ library uses here: "avx512", "avx2", "baseline", or "none" without the library."""
+    """The instruction set that the C++ library uses here: "avx512", "avx2", "baseline",
+    or "none" without the library.
+    """
     if _error is not None:
         return "none"
     return {4: "avx512", 3: "avx2", 0: "baseline"}[torch.ops.kdkernels.cpu_level()]

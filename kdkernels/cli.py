@@ -17,7 +17,9 @@ from kdkernels import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (1 with a message on standard error if it failed)."""
+    """Run one command; returns the exit status
+    (1 with a message on standard error if it failed).
+    """
     parser = argparse.ArgumentParser(
         prog="kdkernels",
         description="Knowledge distillation on fused losses. `kdkernels COMMAND --help` lists a "

@@ -1,12 +1,14 @@
 """The divergences: their names, parameters, formulas, and torch terms (the reference).
 
-With student p = softmax(s/τs) and teacher q = softmax(t/τt), a = log p, b = log q, d = a − b, a divergence is
-D = Σ φ(p, q). A *term* returns φ, G = p·∂φ/∂p and H = q·∂φ/∂q for every column; the gradients are
-(G − p·ΣG)/τs and (H − q·ΣH)/τt. By Euler's theorem ΣH = kD − ΣG for φ homogeneous of degree k.
+With student p = softmax(s/τs) and teacher q = softmax(t/τt), a = log p, b = log q, d = a − b, a
+divergence is D = Σ φ(p, q). A *term* returns φ, G = p·∂φ/∂p and H = q·∂φ/∂q for every column; the
+gradients are (G − p·ΣG)/τs and (H − q·ΣH)/τt. By Euler's theorem ΣH = kD − ΣG for φ homogeneous of
+degree k.
 
-Where the textbook φ is of first order in d (q·(b − a) for forward KL) the terms use the Bregman form of it, φ + (p − q)
-or its like: the sum is the same because Σp = Σq = 1, every term is ≥ 0 and of second order, so that a divergence of 1e-7
-keeps its digits in float32 and rounding cannot make it negative.
+Where the textbook φ is of first order in d (q·(b − a) for forward KL) the terms use the Bregman
+form of it, φ + (p − q) or its like: the sum is the same because Σp = Σq = 1, every term is ≥ 0 and
+of second order, so that a divergence of 1e-7 keeps its digits in float32 and rounding cannot make
+it negative.
 """
 
 import inspect
@@ -24,8 +26,8 @@ Parameter = float | Tensor
 class Divergence:
     """A divergence with its parameters; made by the functions below, accepted as ``divergence=``.
 
-    ``first`` and ``second`` are its parameters in the order of the function that made it (unused ones are 0): floats,
-    0-d tensors, or per-token tensors of the logits' leading shape.
+    ``first`` and ``second`` are its parameters in the order of the function that made it (unused
+    ones are 0): floats, 0-d tensors, or per-token tensors of the logits' leading shape.
     """
 
     name: str
@@ -88,15 +90,19 @@ def reverse_kl() -> Divergence:
 
 
 def jeffreys(weight: Parameter = 0.5) -> Divergence:
-    """A mix of both KLs, weight·KL(q‖p) + (1 − weight)·KL(p‖q); weight in [0, 1], ½ is half of Jeffreys."""
+    """A mix of both KLs, weight·KL(q‖p) + (1 − weight)·KL(p‖q); weight in [0, 1],
+    ½ is half of Jeffreys.
+    """
     return Divergence("jeffreys", _checked("jeffreys", "weight", weight, _unit, "[0, 1]"))
 
 
 def jsd(beta: Parameter = 0.5, normalized: bool = False) -> Divergence:
-    """Generalised Jensen–Shannon, β·KL(q‖m) + (1 − β)·KL(p‖m), m = βq + (1 − β)p: GKD, arXiv 2306.13649.
+    """Generalised Jensen–Shannon, β·KL(q‖m) + (1 − β)·KL(p‖m), m = βq + (1 − β)p:
+    GKD, arXiv 2306.13649.
 
-    β in [0, 1]. β = 0 selects forward KL and β = 1 reverse KL, the convention of TRL and Liger; the value jumps there,
-    since JSD(β) → 0 as β → 0. ``normalized=True`` divides by β(1 − β), which is continuous at both ends.
+    β in [0, 1]. β = 0 selects forward KL and β = 1 reverse KL, the convention of TRL and Liger; the
+    value jumps there, since JSD(β) → 0 as β → 0. ``normalized=True`` divides by β(1 − β), which is
+    continuous at both ends.
     """
     return Divergence(
         "jsd", _checked("jsd", "beta", beta, _unit, "[0, 1]"), 1.0 if normalized else 0.0
@@ -116,7 +122,8 @@ def skew_reverse_kl(lam: Parameter = 0.1) -> Divergence:
 def alpha(alpha: Parameter = 0.5) -> Divergence:
     """Amari's alpha, (Σ q^α p^(1−α) − 1)/(α(α − 1)); any finite α, ½ is 4 × squared Hellinger.
 
-    α = 1 is forward KL and α = 0 reverse KL (the limits): Amari, Differential-Geometrical Methods in Statistics, 1985.
+    α = 1 is forward KL and α = 0 reverse KL (the limits): Amari, Differential-Geometrical Methods
+    in Statistics, 1985.
     """
     return Divergence("alpha", _checked("alpha", "alpha", alpha, math.isfinite, "a finite float"))
 
@@ -127,14 +134,17 @@ def tvd() -> Divergence:
 
 
 def renyi(order: Parameter = 0.5) -> Divergence:
-    """Rényi of order r, log(Σ q^r p^(1−r))/(r − 1); r > 0, r = 1 is forward KL (the limit): Rényi 1961."""
+    """Rényi of order r, log(Σ q^r p^(1−r))/(r − 1); r > 0, r = 1 is forward KL (the limit):
+    Rényi 1961.
+    """
     return Divergence("renyi", _checked("renyi", "order", order, _positive, "order > 0"))
 
 
 def ab(alpha: Parameter = 0.2, beta: Parameter = 0.7) -> Divergence:
     """Alpha-beta, −Σ [q^α p^β − α/(α+β)·q^(α+β) − β/(α+β)·p^(α+β)]/(αβ): ABKD, arXiv 2505.04560.
 
-    α > 0 and β > 0; the limits (1, 0) and (0, 1) are ``forward_kl`` and ``reverse_kl``. Not homogeneous of degree 1 but α + β.
+    α > 0 and β > 0; the limits (1, 0) and (0, 1) are ``forward_kl`` and ``reverse_kl``. Not
+    homogeneous of degree 1 but α + β.
     """
     hint = "> 0 (the limits are forward_kl and reverse_kl)"
     return Divergence(
@@ -147,8 +157,8 @@ def ab(alpha: Parameter = 0.2, beta: Parameter = 0.7) -> Divergence:
 def dkd(target_weight: Parameter = 1.0, non_target_weight: Parameter = 8.0) -> Divergence:
     """Decoupled KD, arXiv 2203.08679; needs a label in every row that counts.
 
-    target_weight·KL of the binary (label, rest) distributions + non_target_weight·KL(q̂‖p̂) of the rows renormalised without
-    the label. Weights ≥ 0; the defaults are the paper's α = 1, β = 8.
+    target_weight·KL of the binary (label, rest) distributions + non_target_weight·KL(q̂‖p̂) of the
+    rows renormalised without the label. Weights ≥ 0; the defaults are the paper's α = 1, β = 8.
     """
     return Divergence(
         "dkd",
@@ -172,7 +182,9 @@ def resolve(divergence: str | Divergence) -> Divergence:
 
 
 def allowed(name: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Parameter tensors with NaN in place of entries out of range, decided without reading them on the host."""
+    """Parameter tensors with NaN in place of entries out of range,
+    decided without reading them on the host.
+    """
     if name in ("jeffreys", "jsd", "skew_forward_kl", "skew_reverse_kl"):
         first = torch.where((first >= 0) & (first <= 1), first, torch.nan)
     elif name == "renyi":
@@ -190,11 +202,13 @@ def allowed(name: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- terms: (a, b, p, q, first, second) -> (φ, G, H), all broadcasting over (rows, vocab) ----
 #
-# H is written out although it is kφ − G: that difference cancels where p ≈ q (60 units in the last place in float32).
+# H is written out although it is kφ − G: that difference cancels where p ≈ q (60 units in the last
+# place in float32).
 
 Term = tuple[Tensor, Tensor, Tensor]
 
-# Below this |x| the series of expm1(x) − x is used; above it the subtraction loses at most two bits.
+# Below this |x| the series of expm1(x) − x is used; above it the subtraction loses at most
+# two bits.
 _SMALL = 0.5
 
 
@@ -296,7 +310,8 @@ def geometric(a: Tensor, b: Tensor, order: Tensor) -> Tensor:
 def _alpha(a, b, p, q, alpha, second) -> Term:
     d = _difference(a, b)
     pi = torch.exp(geometric(a, b, alpha))
-    # The same φ written around q (κ = 1 − α, x = d) or around p (κ = α, x = −d): the nearer limit is the stable one.
+    # The same φ written around q (κ = 1 − α, x = d) or around p (κ = α, x = −d): the nearer limit
+    # is the stable one.
     around_q = alpha > 0.5
     weight, other = torch.where(around_q, q, p), torch.where(around_q, p, q)
     x, kappa = torch.where(around_q, d, -d), torch.where(around_q, 1 - alpha, alpha)
@@ -339,7 +354,8 @@ TERMS: dict[str, Callable[..., Term]] = {
     "alpha": _alpha,
     "tvd": _tvd,
     "ab": _ab,
-    # Rényi is a function of alpha's sum, DKD of forward KL's on rows without the label: the op wraps these terms.
+    # Rényi is a function of alpha's sum, DKD of forward KL's on rows without the label: the op
+    # wraps these terms.
     "renyi": _alpha,
     "dkd": _forward_kl,
 }

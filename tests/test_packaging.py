@@ -1,4 +1,6 @@
-"""Installing, importing and packaging: with the library, without it, and where it cannot be built."""
+"""Installing, importing and packaging: with the library, without it,
+and where it cannot be built.
+"""
 
 import ast
 import os

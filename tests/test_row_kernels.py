@@ -1,8 +1,8 @@
 """The C++ row kernels without torch around them, at each CPU level that this machine has.
 
-Everywhere else the tests see the one level that the library chooses. Here the same cases that run under
-the sanitizers are built with the library's own flags, and every level is compared with the oracle and
-thereby with the others.
+Everywhere else the tests see the one level that the library chooses. Here the same cases that run
+under the sanitizers are built with the library's own flags, and every level is compared with the
+oracle and thereby with the others.
 """
 
 import functools
@@ -35,10 +35,11 @@ def level(request, module):
 
 
 def compare(got, truth, terms):
-    """Within 64 units in the last place of the largest of `terms` in the row, and the rounding at the store.
+    """Within 64 units in the last place of the largest of `terms` in the row, and the rounding at
+    the store.
 
-    tests/ops holds one level to PyTorch's own error. What can differ at another one is the width of a
-    vector, the remainder of a loop, a conversion: a mistake there is not small.
+    tests/ops holds one level to PyTorch's own error. What can differ at another one is the width of
+    a vector, the remainder of a loop, a conversion: a mistake there is not small.
     """
     truth, value = np.float64(truth), cases.read(got)
     assert value.shape == truth.shape
@@ -100,7 +101,9 @@ def test_distillation(module, level, divergence):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("factor", [0.5, 1 / 3, 1024.0])
 def test_every_16_bit_number(module, level, dtype, factor):
-    """Load, multiply in float32, store: subnormals, ties to even, overflow, inf, NaN, as NumPy has them."""
+    """Load, multiply in float32, store: subnormals, ties to even, overflow, inf, NaN,
+    as NumPy has them.
+    """
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(16, -1)
     before = bits if dtype == "bfloat16" else bits.view(np.float16)
     after = before.copy()

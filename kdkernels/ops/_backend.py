@@ -1,7 +1,8 @@
 """Which implementation serves a call: the one place that decides, and says why.
 
-``reference`` is plain torch and serves everything. ``cpp`` is the compiled library behind ``torch.ops.kdkernels``; it
-serves CPU tensors. An op passes its reference module and gets back something with the same functions.
+``reference`` is plain torch and serves everything. ``cpp`` is the compiled library behind
+``torch.ops.kdkernels``; it serves CPU tensors. An op passes its reference module and gets back
+something with the same functions.
 """
 
 from types import ModuleType
@@ -25,7 +26,9 @@ def backends() -> list[tuple[str, bool, str]]:
 
 
 def choose(backend: str | None, device: torch.device) -> tuple[str, str]:
-    """(backend, why) for tensors on a device; raises where a backend asked for by name cannot serve them."""
+    """(backend, why) for tensors on a device; raises where a backend asked for by name
+    cannot serve them.
+    """
     if backend is not None and backend not in NAMES:
         raise ValueError(f"backend={backend!r} is unknown; accepted: None, {', '.join(NAMES)}")
     if backend == "reference":
@@ -43,7 +46,9 @@ def choose(backend: str | None, device: torch.device) -> tuple[str, str]:
 
 
 def define(schemas: dict[str, str], reference: ModuleType) -> None:
-    """Define an op's schemas, with its reference as the kernel of every device that has no other, and as the fake kernel."""
+    """Define an op's schemas, with its reference as the kernel of every device that has no other,
+    and as the fake kernel.
+    """
     for name, schema in schemas.items():
         torch.library.define(f"kdkernels::{name}", schema)
         torch.library.impl(

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, verified before use, and unable to run code.
 
-A checkpoint is a folder `step-00000120` with safetensors files and one `state.json`, which holds the
-SHA-256 of every file beside it and of itself. It is written under a temporary name, flushed to the
-disk and renamed, so that a process killed at any moment leaves only complete checkpoints.
+A checkpoint is a folder `step-00000120` with safetensors files and one `state.json`, which holds
+the SHA-256 of every file beside it and of itself. It is written under a temporary name, flushed to
+the disk and renamed, so that a process killed at any moment leaves only complete checkpoints.
 """
 
 from __future__ import annotations

@@ -205,17 +205,22 @@ Distilled minus cross-entropy alone, paired by seed: **{_points(gain)}**.
 
 ![Test accuracy against steps](learning_curve.png)
 
-- Data: {data["name"]}: {data["train"]:,} to train on, {data["test"]:,} held out and used for nothing
+- Data: {data["name"]}: \
+{data["train"]:,} to train on, {data["test"]:,} held out and used for nothing
   but these figures. Every figure is that of the last step, {report["steps"]:,} steps each.
-- ± is the 95 % confidence interval of the mean over {report["seeds"]} seeds. A seed chooses the labelled
+- ± is the 95 % confidence interval of the mean over {report["seeds"]} seeds. \
+A seed chooses the labelled
   images, the initial weights and the order of the data; the split and the teacher stay the same.
-- The student has {STUDENT_UNITS} hidden units. Distilled: 0.9 × KL(teacher, student) at temperature 4 (× 16)
+- The student has {STUDENT_UNITS} hidden units. \
+Distilled: 0.9 × KL(teacher, student) at temperature 4 (× 16)
   on every image + 0.1 × cross-entropy on the labelled ones, one call of
   `kdkernels.distillation_loss` with `mask_kd=False`. What the other {rest:,} labels say reaches it
   through the teacher alone, which was trained on all {few + rest:,}.
 - "{ALL_LABELS}" is a yardstick and not distilled. That distillation helps where every
   image has its label is not claimed: nothing here measures it.
-- {report["seconds"]:.0f} s in all on {machine["cores"]} cores ({machine["processor"]}, {machine["device"]}), kdkernels {versions["kdkernels"]}, torch {versions["torch"]}.
+- {report["seconds"]:.0f} s in all on {machine["cores"]} cores \
+({machine["processor"]}, {machine["device"]}), \
+kdkernels {versions["kdkernels"]}, torch {versions["torch"]}.
 """
 
 
@@ -270,7 +275,8 @@ def _plot(report: dict[str, Any]) -> bytes:
     )
     axes.set(xlabel="step", ylabel="test accuracy (%)", xlim=(0, report["steps"]), ylim=(50, 100))
     axes.set_title(
-        f"{STUDENT_UNITS}-unit student on MNIST digits: mean and 95 % interval of {report['seeds']} seeds",
+        f"{STUDENT_UNITS}-unit student on MNIST digits: mean and 95 % interval of "
+        f"{report['seeds']} seeds",
         fontsize=10,
     )
     axes.grid(alpha=0.25, linewidth=0.5)

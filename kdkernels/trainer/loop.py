@@ -1,7 +1,7 @@
 """The training loop: one function, from prepared models to the final weights.
 
-Accelerate places models and data, averages gradients over processes and scales fp16; what is here is
-the loss, its denominators, the schedule, and a checkpoint that continues bit for bit.
+Accelerate places models and data, averages gradients over processes and scales fp16; what is here
+is the loss, its denominators, the schedule, and a checkpoint that continues bit for bit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from kdkernels.trainer.resume import (
 
 @dataclasses.dataclass
 class TrainResult:
-    """What a run did: `history` has one entry per evaluation, {"step", "accuracy", "cross_entropy"}."""
+    """What a run did: `history` has one entry per evaluation,
+    {"step", "accuracy", "cross_entropy"}.
+    """
 
     steps: int
     history: list[dict[str, float]]
@@ -55,18 +57,19 @@ def train(
 ) -> TrainResult:
     """Train `student` in place on labels and on the logits of a frozen `teacher`.
 
-    Loaders give `(inputs, labels)`; a model maps inputs to logits (*labels.shape, vocab); labels are
-    int64, `config.ignore_index` where there is none. The loss of a step is `distillation_loss` with
-    reduction "batchmean" over all its rows, however they are split into batches or processes.
+    Loaders give `(inputs, labels)`; a model maps inputs to logits (*labels.shape, vocab); labels
+    are int64, `config.ignore_index` where there is none. The loss of a step is `distillation_loss`
+    with reduction "batchmean" over all its rows, however they are split into batches or processes.
 
     The teacher runs in eval mode without gradient and gets its modes back; it stays on the device
     the run used, like the student. Python's, NumPy's and torch's random states are seeded.
 
     With `config.run_dir` the run checkpoints itself (step 0 included) and, called again, goes on
-    from the newest checkpoint to the very same final weights, left in `run_dir/student.safetensors`.
-    That takes the same config, models, data, number of processes and software, and items of the
-    dataset that do not depend on random numbers drawn while they are read (augment in the model, as
-    dropout does; or the order is right but the augmentation of the interrupted epoch is not).
+    from the newest checkpoint to the very same final weights, left in
+    `run_dir/student.safetensors`. That takes the same config, models, data, number of processes and
+    software, and items of the dataset that do not depend on random numbers drawn while they are
+    read (augment in the model, as dropout does; or the order is right but the augmentation of the
+    interrupted epoch is not).
 
     Raises ValueError for arguments that do not fit together, CheckpointError for a checkpoint that
     is damaged or of another run, FloatingPointError at the first step whose loss is not finite.

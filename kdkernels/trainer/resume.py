@@ -154,8 +154,8 @@ def _check_same_run(
     ]
     if changed:
         raise CheckpointError(
-            f"{folder} holds another run: {'; '.join(changed)}. Give another run_dir, or the options"
-            " it was started with to go on"
+            f"{folder} holds another run: {'; '.join(changed)}. Give another run_dir, or the "
+            "options it was started with to go on"
         )
 
 

@@ -333,7 +333,9 @@ def test_in_place_of_rows_within_a_larger_buffer(name, backend):
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "tvd", "renyi"])
 def test_in_place_over_the_teacher_itself(name, backend):
-    """Self-distillation at two temperatures: the teacher's logits are the memory that is written."""
+    """Self-distillation at two temperatures: the teacher's logits are the memory
+    that is written.
+    """
     student = logits(3, 10007)  # longer than any block of columns
     options = dict(divergence=name, teacher_temperature=2.0, teacher_grad=True, backend=backend)
     want = kdkernels.distillation_loss_and_grad(student, student.clone(), **options)

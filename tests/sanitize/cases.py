@@ -20,8 +20,8 @@ DTYPES = {
     "float16": np.float16,
 }
 
-# Every divergence. Parameters, like all numbers here, are exact in float32, so that one truth serves
-# every dtype. The second tuple is per row, with the ends at which a family becomes a KL.
+# Every divergence. Parameters, like all numbers here, are exact in float32, so that one truth
+# serves every dtype. The second tuple is per row, with the ends at which a family becomes a KL.
 DIVERGENCES = {
     "forward_kl": {},
     "reverse_kl": {},
@@ -67,12 +67,16 @@ class Case(NamedTuple):
 
 
 def vocabs(block):
-    """One column, an odd two, around the 16 floats of the widest vector, around a block, three blocks."""
+    """One column, an odd two, around the 16 floats of the widest vector, around a block,
+    three blocks.
+    """
     return 1, 2, 15, 16, 17, block - 1, block, block + 1, 2 * block + 3
 
 
 def distillation_cases(block, vocab_sizes=None):
-    """Every divergence at every size in both types that the kernels compute in, and in every dtype."""
+    """Every divergence at every size in both types that the kernels compute in,
+    and in every dtype.
+    """
     terms = itertools.cycle(TERMS)
     for name in DIVERGENCES:
         for vocab in vocab_sizes or vocabs(block):
@@ -196,7 +200,9 @@ def same(case, pairs, what):
 
 
 def distillation(module, level, threads, case):
-    """Every way to the loss and the gradients: {name: array}, gradients also by the backward's name."""
+    """Every way to the loss and the gradients: {name: array},
+    gradients also by the backward's name.
+    """
     kernels, inputs = module.distillation_loss, inputs_of(case)
     first, second, *_ = *inputs.parameters.values(), 0.0, 0.0
     shared = dict(
@@ -418,5 +424,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 2:
         main(sys.argv[1])
     else:
-        # A NumPy array, so that finding what lies behind it shows that the cases' arrays are exact too.
+        # A NumPy array, so that finding what lies behind it shows that the cases' arrays
+        # are exact too.
         load(sys.argv[1]).distillation_loss.planted(sys.argv[2], np.ones((1, 8), np.float32))

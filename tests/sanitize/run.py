@@ -24,14 +24,15 @@ class Sanitizer(NamedTuple):
     finds: str  # what the sanitizer says of it
 
 
-# PYTHONMALLOC=malloc: Python's own pools hide where an object ends. No leak detection: it reports the
-# interpreter's memory, and all that the kernels allocate is one unique_ptr (csrc/scratch.h).
-# float-divide-by-zero and float-cast-overflow, not part of "undefined", stay out: the kernels compute
-# with inf and NaN on purpose, as IEEE 754 defines them.
+# PYTHONMALLOC=malloc: Python's own pools hide where an object ends. No leak detection: it reports
+# the interpreter's memory, and all that the kernels allocate is one unique_ptr (csrc/scratch.h).
+# float-divide-by-zero and float-cast-overflow, not part of "undefined", stay out: the kernels
+# compute with inf and NaN on purpose, as IEEE 754 defines them.
 SANITIZERS = (
     Sanitizer(
         "address",
-        # libstdc++ so that libasan finds __cxa_throw, which it intercepts, before the module is loaded.
+        # libstdc++ so that libasan finds __cxa_throw, which it intercepts, before
+        # the module is loaded.
         ("libasan.so", "libstdc++.so.6"),
         {"ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"},
         bug="one column too many",
@@ -74,7 +75,8 @@ def main():
         planted = subprocess.run([*command, sanitizer.bug], env=env, capture_output=True, text=True)
         if planted.returncode == 0 or sanitizer.finds not in planted.stderr:
             sys.exit(
-                f"{sanitizer.name}: the planted bug ({sanitizer.bug}) was not found:\n{planted.stderr}"
+                f"{sanitizer.name}: the planted bug ({sanitizer.bug}) was not found:\n"
+                f"{planted.stderr}"
             )
         result = subprocess.run(command, env=env)
         if result.returncode != 0:

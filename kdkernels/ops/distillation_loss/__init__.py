@@ -1,15 +1,18 @@
-"""distillation_loss: any divergence between teacher and student logits, hard labels and z-loss, in one sweep.
+"""distillation_loss: any divergence between teacher and student logits, hard labels and z-loss, in
+one sweep.
 
 Per row (one token), with p = softmax(student/τs), q = softmax(teacher/τt), L = log Σ exp(student):
 
     KD = D(p, q)·(τs² if t_squared)      CE = L − (1 − ε)·s_label − ε·mean(s)      Z = L²
 
-    loss = kd_weight·KD + ce_weight·CE + z_loss_weight·Z        (weighted, masked and reduced: see the function)
+    loss = kd_weight·KD + ce_weight·CE + z_loss_weight·Z
+           (weighted, masked and reduced: see the function)
 
     ∂D/∂s = (G − p·ΣG)/τs      ∂D/∂t = (H − q·ΣH)/τt            (G, H: kdkernels.divergences)
 
-The forward reads both rows once and keeps fourteen numbers a row (``reference.ROWS``); the backward reads them once more and
-writes the gradient with the upstream factor in it. ``reference.py`` is the same in plain torch, csrc/distillation_loss in C++.
+The forward reads both rows once and keeps fourteen numbers a row (``reference.ROWS``); the backward
+reads them once more and writes the gradient with the upstream factor in it. ``reference.py`` is the
+same in plain torch, csrc/distillation_loss in C++.
 """
 
 import inspect
@@ -36,12 +39,13 @@ _FORWARD = (
 )
 SCHEMAS = {
     "distillation_loss": f"({_FORWARD.format(student='Tensor student')}) -> (Tensor, Tensor)",
-    "distillation_loss_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor rows, Tensor? labels, "
-    "str divergence, float label_smoothing, int vocab_size, bool student_grad, bool teacher_grad) -> (Tensor, Tensor)",
-    "distillation_loss_and_grad": f"({_FORWARD.format(student='Tensor student')}, bool teacher_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "distillation_loss_and_grad_": f"({_FORWARD.format(student='Tensor(a!) student')}, bool teacher_grad) "
-    "-> (Tensor, Tensor, Tensor)",
+    "distillation_loss_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, "
+    "Tensor rows, Tensor? labels, str divergence, float label_smoothing, int vocab_size, "
+    "bool student_grad, bool teacher_grad) -> (Tensor, Tensor)",
+    "distillation_loss_and_grad": f"({_FORWARD.format(student='Tensor student')}, "
+    "bool teacher_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "distillation_loss_and_grad_": f"({_FORWARD.format(student='Tensor(a!) student')}, "
+    "bool teacher_grad) -> (Tensor, Tensor, Tensor)",
     "scale_rows_": "(Tensor(a!) grad, Tensor factor) -> ()",
 }
 _backend.define(SCHEMAS, reference)
@@ -53,10 +57,13 @@ REDUCTIONS = ("batchmean", "sum", "none", "mean")
 
 
 class DistillationStats(NamedTuple):
-    """What the sweep saw of every token: leading shape, float32 (float64 for float64 logits), without gradient, 0 where masked."""
+    """What the sweep saw of every token: leading shape, float32 (float64 for float64 logits),
+    without gradient, 0 where masked.
+    """
 
     kd: Tensor  # divergence, with T² where t_squared
-    ce: Tensor  # cross-entropy of the label at temperature 1, label smoothing included; 0 without labels
+    # cross-entropy of the label at temperature 1, label smoothing included; 0 without labels
+    ce: Tensor
     student_entropy: Tensor  # nats, at the temperature used
     teacher_entropy: Tensor
     label_log_prob: Tensor  # the student's, at temperature 1
@@ -87,50 +94,68 @@ def distillation_loss(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, DistillationStats]:
-    """Distillation loss between two sets of logits, with hard-label cross-entropy and z-loss in the same sweep.
+    """Distillation loss between two sets of logits, with hard-label cross-entropy and z-loss in the
+    same sweep.
 
     Args:
-        student_logits: (..., V) float64, float32, bfloat16 or float16; any leading shape (N tokens in all) and row stride.
-            Leading dimensions that do not flatten to one stride, as in ``logits[:, :-1]``, cost a copy: shift labels instead.
-        teacher_logits: (..., V) of the same shape; its dtype may differ, and with ``vocab_size`` its padding.
-        labels: (...) integer column numbers, or ``ignore_index``; not shifted. Needed for ``ce_weight`` and DKD.
-        divergence: a name in ``kdkernels.divergences.DIVERGENCES`` or an object made by one of those functions.
-        temperature: τs > 0 divides the student's logits. A float, a 0-d tensor, or one value a token (leading shape).
+        student_logits: (..., V) float64, float32, bfloat16 or float16; any leading shape (N tokens
+            in all) and row stride. Leading dimensions that do not flatten to one stride, as in
+            ``logits[:, :-1]``, cost a copy: shift labels instead.
+        teacher_logits: (..., V) of the same shape; its dtype may differ, and with ``vocab_size``
+            its padding.
+        labels: (...) integer column numbers, or ``ignore_index``; not shifted. Needed for
+            ``ce_weight`` and DKD.
+        divergence: a name in ``kdkernels.divergences.DIVERGENCES`` or an object made by one of
+            those functions.
+        temperature: τs > 0 divides the student's logits. A float, a 0-d tensor, or one value a
+            token (leading shape).
         teacher_temperature: τt > 0 for the teacher's; default τs.
         t_squared: multiply the KD term, value and gradient, by τs² (Hinton et al. 2015, section 2).
-        kd_weight, ce_weight, z_loss_weight: weights of the three terms: float, 0-d tensor or one value a token.
+        kd_weight, ce_weight, z_loss_weight: weights of the three terms: float, 0-d tensor or one
+            value a token.
         label_smoothing: ε in [0, 1], as in ``torch.nn.functional.cross_entropy``.
         ignore_index: label of a token without a label.
-        mask_kd: True: such a token counts in no term (prompt tokens). False: it loses the label term only (unlabelled data).
+        mask_kd: True: such a token counts in no term (prompt tokens). False: it loses the label
+            term only (unlabelled data).
         token_weights: (...) non-negative weight of each token in every term; 0 masks it.
-        vocab_size: true number of columns where the logits are padded; padding is not read and gets gradient 0.
-        reduction: "batchmean": KD and z-loss over the sum of their tokens' weights, CE over its own; "sum"; "none": one
-            loss a token, undivided; "mean": as batchmean with KD divided by V too, as torch means "mean".
-        normalizer: replaces both denominators of batchmean and mean (``num_items_in_batch``): a number > 0 or a 0-d tensor,
-            where 0 counts as 1.
-        teacher_grad: also give the teacher its gradient (mutual and online distillation); else it is detached.
-        inplace: write the gradient over ``student_logits``, which must not be read afterwards (PyTorch's version counter
-            catches whoever saved them). Not for leaf tensors, rows that overlap, or a teacher in the same memory; one
-            backward only. Untouched where no gradient is needed. The gradient is rounded to the logits' dtype before the
-            upstream factor reaches it: with float16 and a GradScaler use the default, or put the scale into the weights.
+        vocab_size: true number of columns where the logits are padded; padding is not read and gets
+            gradient 0.
+        reduction: "batchmean": KD and z-loss over the sum of their tokens' weights, CE over its
+            own; "sum"; "none": one loss a token, undivided; "mean": as batchmean with KD divided by
+            V too, as torch means "mean".
+        normalizer: replaces both denominators of batchmean and mean (``num_items_in_batch``): a
+            number > 0 or a 0-d tensor, where 0 counts as 1.
+        teacher_grad: also give the teacher its gradient (mutual and online distillation); else it
+            is detached.
+        inplace: write the gradient over ``student_logits``, which must not be read afterwards
+            (PyTorch's version counter catches whoever saved them). Not for leaf tensors, rows that
+            overlap, or a teacher in the same memory; one backward only. Untouched where no gradient
+            is needed. The gradient is rounded to the logits' dtype before the upstream factor
+            reaches it: with float16 and a GradScaler use the default, or put the scale into the
+            weights.
         return_stats: also return ``DistillationStats`` of the same sweep.
-        backend: None chooses (``kdkernels.explain``); "cpp" or "reference" serves the call or raises.
+        backend: None chooses (``kdkernels.explain``); "cpp" or "reference" serves the call or
+            raises.
 
     Returns:
-        The loss, 0-d or of the leading shape under "none": float32, float64 where an input is. With ``return_stats``
-        (loss, DistillationStats). All tokens masked: 0, with a graph and gradient 0.
+        The loss, 0-d or of the leading shape under "none": float32, float64 where an input is. With
+        ``return_stats`` (loss, DistillationStats). All tokens masked: 0, with a graph and gradient
+        0.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, range or combination, named.
-        IndexError: a label that is neither a column nor ``ignore_index``; on the CPU, before anything is written. The check
-            reads the N labels once in the op itself. (RuntimeError with the same text inside a compiled graph.)
+        IndexError: a label that is neither a column nor ``ignore_index``; on the CPU, before
+            anything is written. The check reads the N labels once in the op itself. (RuntimeError
+            with the same text inside a compiled graph.)
         RuntimeError: a backend that cannot serve the call; a second backward after ``inplace``.
         NotImplementedError: double backward.
 
-    A divergence may be +inf where the mathematics is: forward KL where only the student is −inf (its gradient stays finite),
-    reverse KL and Jeffreys where only the teacher is (gradient NaN in that row alone). JSD, skew, TVD and alpha in (0, 1) never.
-    Temperatures, parameters and weights given as tensors are not read on the host: one out of range makes its row NaN.
-    Every row is computed alone and in a fixed order: bitwise the same whatever rows are beside it and on any number of threads.
+    A divergence may be +inf where the mathematics is: forward KL where only the student is −inf
+    (its gradient stays finite), reverse KL and Jeffreys where only the teacher is (gradient NaN in
+    that row alone). JSD, skew, TVD and alpha in (0, 1) never. Temperatures, parameters and weights
+    given as tensors are not read on the host: one out of range makes its row NaN. Every row is
+    computed alone and in a fixed order: bitwise the same whatever rows are beside it and on any
+    number of threads.
     """
     call = _prepare(
         student_logits,
@@ -173,14 +198,15 @@ def distillation_loss_and_grad(
 ) -> tuple:
     """Loss and gradient together, each logit read once, for people who run their own backward.
 
-    Takes what ``distillation_loss`` takes and raises what it raises. No autograd: the inputs need not require grad and the
-    results do not. Under ``reduction="none"`` the gradient is that of the sum. With ``inplace=True`` the student's gradient
-    is written over ``student_logits``, which is returned. Gradients are rounded to their logits' dtype as they are: scale
-    the weights, not the result, where float16 would underflow.
+    Takes what ``distillation_loss`` takes and raises what it raises. No autograd: the inputs need
+    not require grad and the results do not. Under ``reduction="none"`` the gradient is that of the
+    sum. With ``inplace=True`` the student's gradient is written over ``student_logits``, which is
+    returned. Gradients are rounded to their logits' dtype as they are: scale the weights, not the
+    result, where float16 would underflow.
 
     Returns:
-        (loss, student_grad), then the teacher's gradient with ``teacher_grad=True``, then DistillationStats with
-        ``return_stats=True``. Gradients have their logits' shape and dtype.
+        (loss, student_grad), then the teacher's gradient with ``teacher_grad=True``, then
+        DistillationStats with ``return_stats=True``. Gradients have their logits' shape and dtype.
     """
     _check_names("distillation_loss_and_grad", options)
     call = _prepare(student_logits, teacher_logits, labels, **options)
@@ -224,8 +250,9 @@ distillation_loss_and_grad.__signature__ = inspect.signature(  # type: ignore[at
 class DistillationLoss(nn.Module):
     """``distillation_loss`` with its options stored; see there for every one of them.
 
-    ``DistillationLoss(temperature=2.0)(student_logits, teacher_logits, labels)``. Options given to the call (the tensors of
-    one batch: token_weights, normalizer, a scheduled temperature) take the place of stored ones.
+    ``DistillationLoss(temperature=2.0)(student_logits, teacher_logits, labels)``. Options given to
+    the call (the tensors of one batch: token_weights, normalizer, a scheduled temperature) take the
+    place of stored ones.
     """
 
     def __init__(self, **options: Any):
@@ -251,7 +278,9 @@ class DistillationLoss(nn.Module):
 
 
 def explain(student_logits: Tensor, backend: str | None = None) -> str:
-    """The backend that a call with these student logits would use, and why, without running anything."""
+    """The backend that a call with these student logits would use, and why,
+    without running anything.
+    """
     name, why = _backend.choose(backend, student_logits.device)
     return f"{name}: {why}"
 
@@ -390,12 +419,14 @@ def _prepare(
 
 
 def _check_inplace(student_logits: Tensor, student: Tensor, teacher: Tensor) -> None:
-    """Refuses logits that cannot be written over: leaves, rows that overlap, a teacher in the same memory."""
+    """Refuses logits that cannot be written over: leaves, rows that overlap,
+    a teacher in the same memory.
+    """
     base = student_logits if student_logits._base is None else student_logits._base
     if student_logits.requires_grad and base.is_leaf and base.requires_grad:
         raise RuntimeError(
-            "inplace=True would overwrite student_logits, a leaf tensor that requires grad or a view of one; "
-            "accepted: the output of a model, or inplace=False"
+            "inplace=True would overwrite student_logits, a leaf tensor that requires grad or a "
+            "view of one; accepted: the output of a model, or inplace=False"
         )
     rows, columns = student.shape
     sizes = [
@@ -408,8 +439,9 @@ def _check_inplace(student_logits: Tensor, student: Tensor, teacher: Tensor) -> 
     )
     if not flattens or (rows > 1 and student.stride(0) < columns):
         raise ValueError(
-            f"inplace=True with student_logits of strides {student_logits.stride()}, whose rows cannot be "
-            "written as they lie; accepted: columns of stride 1, leading dimensions that flatten, no overlap"
+            f"inplace=True with student_logits of strides {student_logits.stride()}, whose rows "
+            "cannot be written as they lie; accepted: columns of stride 1, leading dimensions that "
+            "flatten, no overlap"
         )
     if torch.compiler.is_compiling() or rows == 0:
         return
@@ -424,8 +456,8 @@ def _check_inplace(student_logits: Tensor, student: Tensor, teacher: Tensor) -> 
         and (_byte_range(teacher)[0] < _byte_range(student)[1])
     ):
         raise ValueError(
-            "inplace=True with teacher_logits in the memory of student_logits at another offset, stride or dtype; "
-            "accepted: memory of its own, or exactly the same logits"
+            "inplace=True with teacher_logits in the memory of student_logits at another offset, "
+            "stride or dtype; accepted: memory of its own, or exactly the same logits"
         )
 
 
@@ -459,7 +491,8 @@ def _check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> N
         raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the {widest} columns given")
     if teacher.device != student.device:
         raise ValueError(
-            f"teacher_logits is on {teacher.device}; accepted: student_logits' device {student.device}"
+            f"teacher_logits is on {teacher.device}; accepted: student_logits' device "
+            f"{student.device}"
         )
 
 
@@ -473,7 +506,9 @@ def _check_shape(name: str, value: Any, leading: torch.Size, device: torch.devic
 
 
 def _check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """IndexError for the reference on the CPU; elsewhere such a row's loss is NaN, since the host must not wait."""
+    """IndexError for the reference on the CPU; elsewhere such a row's loss is NaN,
+    since the host must not wait.
+    """
     if (
         labels.device.type != "cpu"
         or torch.compiler.is_compiling()
@@ -554,8 +589,8 @@ class _InPlace(torch.autograd.Function):
             *options,
             ctx.needs_input_grad[1],
         )
-        # Whoever else saved these logits must get PyTorch's own error. Not mark_dirty: it loses the gradient where the
-        # logits are a compiled graph's input.
+        # Whoever else saved these logits must get PyTorch's own error. Not mark_dirty: it loses the
+        # gradient where the logits are a compiled graph's input.
         torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student, teacher_grad, teacher)
         ctx.backend, ctx.spent = backend, False
@@ -569,8 +604,8 @@ class _InPlace(torch.autograd.Function):
             return None, None, None, None
         if ctx.spent:
             raise RuntimeError(
-                "second backward through distillation_loss(inplace=True): its gradient was handed on by the first; "
-                "accepted: inplace=False where a graph is walked twice"
+                "second backward through distillation_loss(inplace=True): its gradient was handed "
+                "on by the first; accepted: inplace=False where a graph is walked twice"
             )
         ctx.spent = True
         student, teacher_grad, teacher = ctx.saved_tensors

@@ -1,10 +1,11 @@
 """Plain torch implementation of the distillation_loss ops: any device, any dtype, exact in float64.
 
-The same signatures and outputs as the compiled ops; oracle for them, fallback where nothing is compiled, and their fake
-kernels. It stores a dozen N×V temporaries and is meant to be read.
+The same signatures and outputs as the compiled ops; oracle for them, fallback where nothing is
+compiled, and their fake kernels. It stores a dozen N×V temporaries and is meant to be read.
 
-``rows`` is what a forward leaves for its backward: one line of N numbers for each name below, float32 (float64 where a
-row is float64). A row whose three scales are 0 is masked: its logits are never looked at again.
+``rows`` is what a forward leaves for its backward: one line of N numbers for each name below,
+float32 (float64 where a row is float64). A row whose three scales are 0 is masked: its logits are
+never looked at again.
 """
 
 import torch
@@ -15,7 +16,8 @@ from ...divergences import TERMS, allowed, geometric
 # One line of `rows` each; csrc/distillation_loss/problem.h has the same list.
 ROWS = (
     "student_max",  # largest logit
-    "student_log_z",  # log Σ exp((s − max)/τs): the log-sum-exp, less max/τs, so that large offsets cost no digits
+    # log Σ exp((s − max)/τs): the log-sum-exp, less max/τs, so that large offsets cost no digits
+    "student_log_z",
     "teacher_max",
     "teacher_log_z",
     "divergence",  # D, before T²
@@ -48,7 +50,9 @@ def distillation_loss(*args) -> tuple[Tensor, Tensor]:
 def distillation_loss_and_grad(
     student: Tensor, teacher: Tensor, *args
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, rows, student_grad, teacher_grad), teacher_grad empty unless asked for (the last argument)."""
+    """(loss, rows, student_grad, teacher_grad), teacher_grad empty unless asked for
+    (the last argument).
+    """
     *options, teacher_grad = args
     loss, rows, (labels, divergence, label_smoothing, vocab_size) = _forward(
         student, teacher, *options
@@ -96,7 +100,9 @@ def distillation_loss_backward(
     student_grad: bool,
     teacher_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(student_grad, teacher_grad), each (N, columns given) in its input's dtype, or empty where not asked for."""
+    """(student_grad, teacher_grad), each (N, columns given) in its input's dtype,
+    or empty where not asked for.
+    """
     n, v = student.shape[0], vocab_size
     line = dict(zip(ROWS, rows, strict=False))
     upstream = grad_loss.to(rows.dtype).expand(n)
@@ -154,7 +160,9 @@ def distillation_loss_backward(
 
 
 class _Row:
-    """Log-probabilities of both rows and what is derived from them; without the label's column for DKD."""
+    """Log-probabilities of both rows and what is derived from them;
+    without the label's column for DKD.
+    """
 
     def __init__(
         self, s: Tensor, t: Tensor, ts: Tensor, tt: Tensor, labels: Tensor | None, exclude: bool
@@ -256,7 +264,8 @@ def _forward(
     ce_scale = scale(ce_weight, ce_weight_tensor, ce_rows, ce_divisor)
     z_scale = scale(z_loss_weight, z_loss_weight_tensor, kd_rows, kd_divisor)
 
-    # Only rows that count are read; the others are replaced so that no NaN or inf of theirs goes anywhere.
+    # Only rows that count are read; the others are replaced so that no NaN or inf of theirs
+    # goes anywhere.
     read_student = ((kd_scale != 0) | (ce_scale != 0) | (z_scale != 0)) | (
         (kd_rows | ce_rows) if return_stats else torch.zeros_like(counted)
     )
@@ -329,7 +338,9 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 def _log_z(x: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-    """(anchor, log Σ exp((x − anchor)/temperature)) of each row; the anchor is the maximum, 0 where that is −inf."""
+    """(anchor, log Σ exp((x − anchor)/temperature)) of each row; the anchor is the maximum,
+    0 where that is −inf.
+    """
     largest = x.amax(1)
     anchor = torch.where(torch.isneginf(largest), 0.0, largest)
     return anchor, torch.log(torch.exp((x - anchor[:, None]) / temperature).sum(1))
@@ -387,7 +398,9 @@ def _zero_wins(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _take(x: Tensor, labels: Tensor) -> Tensor:
-    """x at each row's label, NaN where the label is no column (a masked row, or one out of range)."""
+    """x at each row's label, NaN where the label is no column
+    (a masked row, or one out of range).
+    """
     inside = (labels >= 0) & (labels < x.shape[1])
     taken = x.gather(1, labels.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
     return torch.where(inside, taken, torch.nan)

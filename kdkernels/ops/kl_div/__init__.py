@@ -61,8 +61,8 @@ def kl_div(
         number of threads.
 
     Where PyTorch gives NaN: a target of probability 0 contributes 0 to loss and gradients whatever
-    the input, −inf included (also where exp(target) is below the smallest normal number). +inf stays where only the input's probability is 0.
-    A negative target is NaN, as in PyTorch.
+    the input, −inf included (also where exp(target) is below the smallest normal number). +inf
+    stays where only the input's probability is 0. A negative target is NaN, as in PyTorch.
 
     Raises:
         TypeError: an argument that is no tensor, or of another dtype.

@@ -40,7 +40,8 @@ def softmax(x: Tensor, *, temperature: Parameter = 1.0, backend: str | None = No
 
     Returns:
         The shape and dtype of x, with one rounding from float32 (float64 for float64);
-        probabilities below the smallest normal number are 0. A row of nothing but −inf, or with a NaN or +inf, is NaN.
+        probabilities below the smallest normal number are 0. A row of nothing but −inf, or with a
+        NaN or +inf, is NaN.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape or range, named. A temperature
