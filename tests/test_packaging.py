@@ -161,6 +161,49 @@ def test_a_required_build_that_fails_is_an_error(source, broken):
     assert not list(source.glob("dist/*.whl"))
 
 
+@pytest.mark.parametrize(
+    ("switch", "message"),
+    [
+        ("1", "KDKERNELS_CUDA=1, but "),
+        ("yes", "KDKERNELS_CUDA=yes; accepted: 0, 1, or unset"),
+    ],
+)
+def test_a_cuda_library_that_cannot_be_built_is_refused_by_name(source, switch, message):
+    done = python(
+        "setup.py", "bdist_wheel", cwd=source, KDKERNELS_CUDA=switch, CUDA_HOME="/nonexistent"
+    )
+    assert done.returncode != 0 and message in done.stderr
+    assert not list(source.glob("dist/*.whl"))
+
+
+# A CUDA build of torch, and a toolkit whose nvcc always fails.
+SETUP_WITH_BROKEN_NVCC = """
+import pathlib, runpy, sys, torch
+home = pathlib.Path("cuda")
+(home / "bin").mkdir(parents=True)
+(home / "bin" / "nvcc").write_text("#!/bin/sh\\nexit 1\\n")
+(home / "bin" / "nvcc").chmod(0o755)
+torch.version.cuda = "13.0"
+import torch.utils.cpp_extension
+torch.utils.cpp_extension.CUDA_HOME = str(home.resolve())
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="builds the library: needs a C++ compiler")
+def test_a_cuda_library_that_fails_does_not_take_the_cpu_library_along(source):
+    build = ("-c", SETUP_WITH_BROKEN_NVCC, "bdist_wheel")
+    done = python(*build, cwd=source, KDKERNELS_REQUIRE_BUILD="0", KDKERNELS_CUDA="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: kdkernels' CUDA library was not built" in done.stderr
+    assert "nvcc" in done.stderr
+    assert library_in(wheel(source)[1]) == ["kdkernels/_C.abi3.so"]
+    shutil.rmtree(source / "cuda")
+    done = python(*build, cwd=source, KDKERNELS_REQUIRE_BUILD="0", KDKERNELS_CUDA="1")
+    assert done.returncode != 0
+
+
 def test_a_skipped_build_makes_a_pure_wheel_and_needs_no_compiler(source):
     done = python(
         "setup.py", "bdist_wheel", cwd=source, PATH="/nonexistent", KDKERNELS_SKIP_BUILD="1"
@@ -177,14 +220,15 @@ def test_the_source_distribution_holds_every_source(source):
     (archive,) = source.glob("dist/*.tar.gz")
     shutil.unpack_archive(archive, source / "unpacked")
     (unpacked,) = (source / "unpacked").iterdir()
-    for path in [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h")]:
+    sources = [path for path in ROOT.glob("csrc/**/*") if path.is_file()]
+    assert {".cpp", ".h", ".cu", ".cuh"} <= {path.suffix for path in sources}
+    for path in sources:
         assert (unpacked / path.relative_to(ROOT)).is_file(), path
     assert (unpacked / "setup.py").is_file() and (unpacked / "LICENSE").is_file()
 
 
 def torch_free(path):
-    text = path.read_text()
-    return "Python.h" not in text and "tensors.h" not in text and "torch/" not in text
+    return path.name != "module.cpp" and not path.name.startswith("register")
 
 
 @pytest.mark.skipif(

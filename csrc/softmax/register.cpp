@@ -1,22 +1,9 @@
-// softmax and log_softmax on the CPU behind PyTorch's stable ABI: checks, allocation, threads. The
-// schemas and what every argument means are in kdkernels/ops/softmax/__init__.py.
+// softmax and log_softmax on the CPU behind PyTorch's stable ABI: threads.
 #include "../cpu_level.h"
-#include "../tensors.h"
-#include "problem.h"
+#include "ops.h"
 
 namespace kd::softmax {
 namespace {
-
-template <class Real>
-Problem<Real> problem_of(const Tensor& x, const Tensor& output, double temperature,
-                         const OptionalTensor& temperature_tensor, bool log) {
-  Problem<Real> problem;
-  problem.x = matrix_of(x, "x");
-  problem.output = matrix_of(output, "output");
-  problem.temperature = parameter<Real>(temperature, temperature_tensor, "temperature", x.size(0));
-  problem.log = log;
-  return problem;
-}
 
 Tensor forward(Tensor x, double temperature, OptionalTensor temperature_tensor, bool log) {
   Tensor output = fresh_like(x);
@@ -32,9 +19,7 @@ Tensor forward(Tensor x, double temperature, OptionalTensor temperature_tensor, 
 
 Tensor backward(Tensor grad, Tensor output, double temperature, OptionalTensor temperature_tensor,
                 bool log) {
-  STD_TORCH_CHECK(grad.dim() == 2 && output.dim() == 2 && grad.size(0) == output.size(0) &&
-                      grad.size(1) == output.size(1),
-                  "kdkernels: grad and output must have the same two dimensions");
+  check_grad(grad, output);
   Tensor gradient = fresh_like(output);
   const Kernels& table = KD_AT_CPU_LEVEL(kernels);
   auto run = [&](auto problem, auto rows) {
