@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     results = run.environment(options.threads) | {"cases": [], "failed": []}
     print(report.machine_line(results))
     print(f"load average before the start: {results['machine']['load_average']:.1f}", flush=True)
-    absent = {name: reason for name, reason in run.available().items() if reason}
+    wanted = {name for case in cases for name in case.contestants}
+    absent = {name: reason for name, reason in run.available().items() if reason and name in wanted}
     if options.no_compile:
         absent["torch.compile"] = "--no-compile"
     for name, reason in absent.items():

@@ -9,7 +9,7 @@ layer below would receive it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,20 +64,20 @@ class Inputs(NamedTuple):
     buffer: Tensor  # (N, V), already touched: where torch.add writes
 
 
-def make_inputs(case: Case) -> Inputs:
+def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     """Normal logits of standard deviation 3: at T = 2 their softmax is neither flat nor one-hot."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
     def logits() -> Tensor:
-        normal = torch.randn(case.rows, case.vocab, generator=generator)
+        normal = torch.randn(case.rows, case.vocab, generator=generator, device=device)
         return normal.mul_(3).to(dtype)
 
     return Inputs(
         logits().requires_grad_(),
         logits(),
-        torch.randint(case.vocab, (case.rows,), generator=generator),
-        torch.zeros(case.rows, case.vocab, dtype=dtype),
+        torch.randint(case.vocab, (case.rows,), generator=generator, device=device),
+        torch.zeros(case.rows, case.vocab, dtype=dtype, device=device),
     )
 
 
@@ -214,8 +214,9 @@ def row_blocks(case: Case) -> list[slice]:
 
 def truth(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Loss and student gradient in float64, by the eager lines, a few rows at a time."""
-    loss = torch.zeros((), dtype=torch.float64)
-    gradient = torch.empty(case.rows, case.vocab, dtype=torch.float64)
+    double: dict[str, Any] = {"dtype": torch.float64, "device": inputs.student.device}
+    loss = torch.zeros((), **double)
+    gradient = torch.empty(case.rows, case.vocab, **double)
     for rows in row_blocks(case):
         student = inputs.student.detach()[rows].double().requires_grad_()
         labels = inputs.labels[rows]
@@ -238,6 +239,7 @@ class Contestant:
     backend: str | None  # None: a baseline
     allocation: str  # where the gradient goes
     make: Callable[[Case], Step]
+    package: str | None = None  # what a baseline needs besides torch
 
 
 FRESH, IN_PLACE, BUFFER = "fresh gradient", "in place", "given buffer"
@@ -263,18 +265,21 @@ def _ours(backend: str, inplace: bool) -> Callable[[Case], Step]:
     return make
 
 
-def _one_pass(case: Case) -> Step:
-    def step(student: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        return kdkernels.distillation_loss_and_grad(
-            student,
-            inputs.teacher,
-            inputs.labels if case.divergence == "dkd" else None,
-            divergence=case.divergence,
-            temperature=TEMPERATURE,
-            backend="cpp",
-        )
+def _one_pass(backend: str) -> Callable[[Case], Step]:
+    def make(case: Case) -> Step:
+        def step(student: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+            return kdkernels.distillation_loss_and_grad(
+                student,
+                inputs.teacher,
+                inputs.labels if case.divergence == "dkd" else None,
+                divergence=case.divergence,
+                temperature=TEMPERATURE,
+                backend=backend,
+            )
 
-    return step
+        return step
+
+    return make
 
 
 def _baseline(lines: Lines) -> Step:
@@ -305,6 +310,26 @@ def _compiled(case: Case) -> Step:
     return _baseline(torch.compile(EAGER[case.divergence], dynamic=False))
 
 
+def _liger(case: Case) -> Step:
+    """What a user of Liger-Kernel writes: its losses take log-probabilities, or probabilities."""
+    from liger_kernel.transformers.jsd import LigerJSD
+    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
+    from liger_kernel.transformers.tvd import LigerTVDLoss
+
+    losses = {
+        "forward_kl": (F.log_softmax, LigerKLDIVLoss(reduction="batchmean", log_target=True)),
+        "jsd": (F.log_softmax, LigerJSD()),
+        "tvd": (F.softmax, LigerTVDLoss(reduction="batchmean")),
+    }
+    softmax, loss = losses[case.divergence]
+
+    def lines(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        both = [softmax(logits / TEMPERATURE, dim=-1) for logits in (student, teacher)]
+        return loss(*both) * TEMPERATURE**2
+
+    return _baseline(lines)
+
+
 def _add(case: Case) -> Step:
     """The memory floor: two tensors of logits read, one written, no loss."""
 
@@ -318,12 +343,16 @@ def _add(case: Case) -> Step:
 CONTESTANTS = {
     "cpp, fresh": Contestant("cpp", FRESH, _ours("cpp", inplace=False)),
     "cpp, in place": Contestant("cpp", IN_PLACE, _ours("cpp", inplace=True)),
-    "cpp, one pass": Contestant("cpp", FRESH, _one_pass),
+    "cpp, one pass": Contestant("cpp", FRESH, _one_pass("cpp")),
+    "triton, fresh": Contestant("triton", FRESH, _ours("triton", inplace=False)),
+    "triton, in place": Contestant("triton", IN_PLACE, _ours("triton", inplace=True)),
+    "triton, one pass": Contestant("triton", FRESH, _one_pass("triton")),
     "reference, fresh": Contestant("reference", FRESH, _ours("reference", inplace=False)),
     "eager": Contestant(None, FRESH, _eager),
     "eager, float32": Contestant(None, FRESH, _eager_float32),
     "eager, probabilities": Contestant(None, FRESH, _eager_probabilities),
     "torch.compile": Contestant(None, FRESH, _compiled),
+    "liger": Contestant(None, FRESH, _liger, package="liger_kernel"),
     "torch.add": Contestant(None, BUFFER, _add),
 }
 
@@ -361,6 +390,45 @@ FULL = [
         Case(name, "float32", 256, 8192, (*OURS, "reference, fresh", "eager"), survey=True)
         for name in EAGER
     ),
+]
+
+# On a GPU: bfloat16 logits of LLM size, where every contestant takes part; then rows of an odd
+# stride, float32, fewer rows than multiprocessors, many short rows; then every divergence.
+TRITON = tuple(name.replace("cpp", "triton") for name in OURS)
+GPU_OURS = OURS + TRITON
+GPU_BASELINES = ("eager", "eager, float32", "torch.compile", "liger", "torch.add")
+GPU_SURVEY = ("cpp, fresh", "cpp, in place", "triton, fresh", "triton, in place", "eager")
+
+
+def _gpu(divergence: str, dtype: str, rows: int, vocab: int, *baselines: str) -> Case:
+    return Case(divergence, dtype, rows, vocab, GPU_OURS + (baselines or GPU_BASELINES))
+
+
+GPU = [
+    *(
+        _gpu(divergence, "bfloat16", rows, vocab)
+        for divergence in ("forward_kl", "jsd")
+        for rows, vocab in ((2048, 32000), (1024, 128256))
+    ),
+    _gpu("forward_kl", "bfloat16", 1024, 50257, "eager", "torch.add"),
+    _gpu("forward_kl", "float32", 1024, 128256, "eager", "torch.add"),
+    _gpu("tvd", "bfloat16", 2048, 32000, "eager", "liger", "torch.add"),
+    *(
+        _gpu(divergence, "bfloat16", 8, 128256, "eager", "torch.add")
+        for divergence in ("forward_kl", "jsd")
+    ),
+    *(
+        _gpu(divergence, "float32", 4096, 100, "eager", "torch.add")
+        for divergence in ("forward_kl", "jsd")
+    ),
+    Case("softmax", "bfloat16", 2048, 32000, ("cpp, fresh", "triton, fresh", "eager")),
+    *(Case(name, "bfloat16", 1024, 32000, GPU_SURVEY, survey=True) for name in EAGER),
+]
+
+GPU_QUICK = [
+    _gpu("forward_kl", "bfloat16", 256, 32000),
+    _gpu("jsd", "bfloat16", 256, 50257, "eager", "torch.add"),
+    _gpu("forward_kl", "float32", 512, 100, "eager"),
 ]
 
 QUICK = [

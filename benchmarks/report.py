@@ -164,6 +164,53 @@ def case_table(result: dict[str, Any]) -> str:
     return table
 
 
+def gpu_table(result: dict[str, Any], run: dict[str, Any]) -> str:
+    """One line a contestant of `python -m benchmarks.gpu`.
+
+    At the right of ours: how many times longer each baseline took, median (p20-p80) of the rounds'
+    ratios; and the prediction with its error bar, where there is one.
+    """
+    baselines = list(dict.fromkeys(pair["baseline"] for pair in result["ratios"]))
+    title = f"{result['case']}  T={result['temperature']:g}, {result['rounds']} rounds"
+    head = ["ms p20", "p50", "p80", "host ms", "GB/s", "of copy", "loss err", "grad err"]
+    rows = [[title, "gradient", *head, "predicted ms", *(f"{name} /" for name in baselines)]]
+    waits = False
+    for name, c in result["contestants"].items():
+        errors = [f"{c[e]:.0e}" if e in c else "-" for e in ("loss_error", "gradient_error")]
+        late = c["host_ms"] > run["busy_ms"]
+        waits |= late
+        predicted = c.get("predicted_ms")
+        rows.append(
+            [
+                "  " + name,
+                c["allocation"],
+                *(number(c["ms"][p]) for p in ("p20", "p50", "p80")),
+                number(c["host_ms"]) + ("!" if late else ""),
+                number(c["gb_per_s"]),
+                f"{c['gb_per_s'] / run['copy_gb_per_s']:.0%}",
+                *errors,
+                "{} ({}-{})".format(*(number(predicted[k]) for k in ("ms", "low", "high")))
+                if predicted
+                else "-",
+                *(spread(ratio(result, name, baseline)) for baseline in baselines),
+            ]
+        )
+    note = f"\n  !: longer than the {number(run['busy_ms'])} ms that the device was kept busy: its"
+    note += " time holds waits for the host"
+    return aligned(rows) + (note if waits else "")
+
+
+def check_table(run: dict[str, Any]) -> str:
+    """One line a group of checks: how many, and the one that came nearest to its limit."""
+    rows = [["checked against float64", "checks", "failed", "error", "allowed", "of"]]
+    for name, group in run["checks"].items():
+        worst = group["worst"]
+        what = f"{worst['backend']} {worst['shape']} {worst['what']}"
+        figures = [f"{worst['error']:.1e}", f"{worst['limit']:.1e}", what]
+        rows.append([name, f"{group['checks']}", f"{len(group['failed'])}", *figures])
+    return "\n".join([aligned(rows), *(f"CHECK FAILED: {text}" for text in run["failed"])])
+
+
 def threshold_rows(run: dict[str, Any]) -> list[list[str]]:
     rows = [["case", "threshold", "wanted", "measured", "met"]]
     for t in run["thresholds"]:
@@ -184,6 +231,11 @@ def threshold_table(run: dict[str, Any]) -> str:
 def machine_line(run: dict[str, Any]) -> str:
     machine, versions = run["machine"], run["versions"]
     commit = f"commit {run['commit'][:10]}" if run["commit"] else "no commit"
+    if gpu := machine.get("gpu"):
+        return (
+            f"{gpu['name']}, torch {versions['torch']}, Triton {versions['triton']}, {commit}"
+            f"{' with changes' if run['changed_since'] else ''}, {run['date'][:10]}"
+        )
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {run['threads']} threads, "
         f"transparent huge pages: {machine['transparent_hugepages']}, torch {versions['torch']}, "
@@ -247,11 +299,15 @@ COLOURS = {
     "cpp, fresh": "#6baed6",
     "cpp, in place": "#08519c",
     "cpp, one pass": "#3182bd",
+    "triton, fresh": "#74c476",
+    "triton, in place": "#006d2c",
+    "triton, one pass": "#31a354",
     "reference, fresh": "#c7b9d8",
     "eager": "#8c8c8c",
     "eager, float32": "#a6a6a6",
     "eager, probabilities": "#bfbfbf",
     "torch.compile": "#e08a3c",
+    "liger": "#c2577e",
     "torch.add": "#d9d9b0",
 }
 
@@ -304,6 +360,8 @@ def _bars(axes: Any, result: dict[str, Any]) -> None:
             backgroundcolor="white",
             transform=axes.get_yaxis_transform(),
         )
+        if predicted := result["contestants"][name].get("predicted_ms"):
+            axes.plot(predicted["ms"], i, "k|", markersize=12)  # under whose bar it stands or not
     axes.invert_yaxis()
     # A third of the width for the texts. The whisker of a disturbed machine may leave the picture.
     axes.set_xlim(0, 1.5 * min(max(t["p80"] for t in times), 1.5 * max(middle)))

@@ -6,6 +6,7 @@ the loss.
 """
 
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -24,9 +25,18 @@ import torch
 
 import kdkernels
 from kdkernels import _ext
-from kdkernels.ops import _backend
 
-from .cases import CONTESTANTS, TEMPERATURE, Case, Inputs, Step, make_inputs, row_blocks, truth
+from .cases import (
+    CONTESTANTS,
+    TEMPERATURE,
+    Case,
+    Contestant,
+    Inputs,
+    Step,
+    make_inputs,
+    row_blocks,
+    truth,
+)
 
 ROOT = Path(__file__).parents[1]
 MIN_ROUNDS, MAX_ROUNDS, WARM_UP = 7, 2000, 2
@@ -47,10 +57,28 @@ class CheckFailed(Exception):
     """A contestant's loss or gradient is wrong; nothing of its case is timed."""
 
 
-def available() -> dict[str, str | None]:
-    """Every contestant: None, or why it cannot run here."""
-    missing = {name: reason for name, here, reason in _backend.backends() if not here}
-    return {name: missing.get(c.backend) if c.backend else None for name, c in CONTESTANTS.items()}
+class Deadline:
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def available(device: str = "cpu") -> dict[str, str | None]:
+    """Every contestant: None, or why it cannot run here on that device's tensors."""
+    return {name: _absent(c, device) for name, c in CONTESTANTS.items()}
+
+
+def _absent(contestant: Contestant, device: str) -> str | None:
+    if contestant.backend is not None:
+        try:
+            kdkernels.explain(torch.empty(1, 1, device=device), backend=contestant.backend)
+        except (RuntimeError, ValueError) as refusal:
+            return str(refusal)
+    elif contestant.package and importlib.util.find_spec(contestant.package) is None:
+        return f"the package {contestant.package} is not installed"
+    return None
 
 
 def run_case(case: Case, names: list[str], seconds: float, threads: int) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from benchmarks import __main__ as command
 from benchmarks import cases, report, run
 
 HERE = [name for name, reason in run.available().items() if reason is None]
+# Slow to compile; JSD only; GPUs only.
+LEFT_OUT = ("torch.compile", "eager, probabilities", "liger")
 TINY = cases.Case("jsd", "float32", 6, 40, ("reference, fresh", "eager", "torch.add"))
 
 
@@ -58,7 +60,7 @@ def test_every_divergence_has_its_eager_lines_and_a_case():
 @pytest.mark.parametrize("divergence", cases.EAGER)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_contestant_passes_its_check(divergence, dtype):
-    names = [name for name in HERE if name not in ("torch.compile", "eager, probabilities")]
+    names = [name for name in HERE if name not in LEFT_OUT]
     case = cases.Case(divergence, dtype, 5, 300, tuple(names))
     steps = {name: cases.CONTESTANTS[name].make(case) for name in names}
     errors = run.check(case, steps, cases.make_inputs(case))
@@ -89,7 +91,7 @@ def test_truth_in_parts_is_the_whole():
 
 
 def test_command_writes_table_json_and_plot(monkeypatch, tmp_path, capsys, threads):
-    names = tuple(name for name in HERE if name != "torch.compile")
+    names = tuple(name for name in HERE if name not in ("torch.compile", "liger"))
     survey = replace(
         TINY, divergence="renyi", survey=True, contestants=("reference, fresh", "eager")
     )
