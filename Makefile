@@ -7,12 +7,21 @@ PIP_ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 LIBRARY := kdkernels/_C.abi3.so
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# `make cuda`: the CUDA library, for the architectures of CI, with a CUDA build of torch that has an
+# environment of its own outside the checkout. The toolkit is asked where it lies: an nvcc on the
+# PATH may be a wrapper.
+CUDA_HOME ?= $(realpath $(shell nvcc --dryrun -E -x cu /dev/null 2>&1 | sed -n 's/^.*TOP=//p'))
+CUDA_REQUIREMENTS := .ci/cuda-requirements.txt
+CUDA_VENV = $(HOME)/.cache/kdkernels-ci/$(shell ($(PYTHON) --version; cat $(CUDA_REQUIREMENTS)) | \
+    sha256sum | cut -c1-16)
+CUDA_BUILD := build/cuda
 
 # ninja and the tools of `make lint` are found in .venv without activating it.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test build lint format bench sanitize clean
+.PHONY: demo test build cuda device-code lint format bench sanitize clean
 
 demo: build
 	kdkernels demo
@@ -33,6 +42,22 @@ format: $(INSTALLED)
 
 bench: build
 	python -m benchmarks --quick
+
+device-code: build
+	python -m benchmarks.device_code --check
+
+# Nothing of the checkout's own build is touched. The environment is complete once .installed exists.
+cuda:
+	test -x "$(CUDA_HOME)/bin/nvcc" || { echo "make cuda needs nvcc: set CUDA_HOME"; exit 1; }
+	test -e $(CUDA_VENV)/.installed || { \
+	    $(PYTHON) -m venv --clear $(CUDA_VENV) && \
+	    $(CUDA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r $(CUDA_REQUIREMENTS) && \
+	    touch $(CUDA_VENV)/.installed; }
+	PATH="$(CUDA_VENV)/bin:$$PATH" CUDA_HOME="$(CUDA_HOME)" \
+	    TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" KDKERNELS_CUDA=1 KDKERNELS_REQUIRE_BUILD=1 \
+	    $(CUDA_VENV)/bin/python setup.py --quiet build \
+	    --build-lib $(CUDA_BUILD)/lib --build-temp $(CUDA_BUILD)/temp
+	$(CUDA_VENV)/bin/python .ci/check_cuda_library.py $(CUDA_BUILD)/lib
 
 sanitize: $(INSTALLED)
 	python tests/sanitize/run.py

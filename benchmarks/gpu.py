@@ -241,7 +241,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def predictions(card: str, path: Path = PREDICTIONS) -> dict[tuple[str, str], dict[str, float]]:
+def predictions(card: str, path: Path) -> dict[tuple[str, str], dict[str, float]]:
     """(case, contestant) to what python -m benchmarks.roofline predicted for this card."""
     if not path.exists():
         return {}
@@ -322,7 +322,7 @@ def measure_all(
     results["busy_ms"] = clock.busy_seconds() * 1e3
     results["copy_gb_per_s"] = device_copy(clock) / 1e9
     print(f"\ndevice copy: {results['copy_gb_per_s']:.0f} GB/s read and written")
-    predicted = predictions(results["machine"]["gpu"]["name"])
+    predicted = predictions(results["machine"]["gpu"]["name"], PREDICTIONS)
     if not predicted:
         print(f"no predictions for this card in {PREDICTIONS}")
     deadline = run.Deadline(TIMINGS)
