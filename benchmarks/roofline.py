@@ -193,6 +193,7 @@ def calibrate(counts: Counts) -> dict[str, Any]:
             "exposed": parameters.exposed,
             "launch_us": parameters.launch * 1e6,
             "synchronisation_us": parameters.synchronisation * 1e6,
+            "row_operators": parameters.row_operators,
         },
         "summary": {
             "all": summary(points, parameters),
@@ -237,6 +238,7 @@ def stored_parameters(calibration: dict[str, Any]) -> Parameters:
         fitted["exposed"],
         fitted["launch_us"] / 1e6,
         fitted["synchronisation_us"] / 1e6,
+        fitted["row_operators"],
     )
 
 
@@ -290,7 +292,8 @@ def calibration_table(calibration: dict[str, Any]) -> str:
         f"Fitted: fraction of the data sheet's bandwidth {fractions}; "
         f"{fitted['exposed']:.2f} of the smaller of memory and arithmetic time not hidden; "
         f"{fitted['launch_us']:.1f} µs a launch; "
-        f"{fitted['synchronisation_us']:.0f} µs each time the host waits for the device.",
+        f"{fitted['synchronisation_us']:.0f} µs each time the host waits for the device; "
+        f"{fitted['row_operators']:.2f} of the card's fraction in PyTorch's own softmax operators.",
         "",
     ]
     return "\n".join(lines)
