@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from . import roofline_counts as counting
 from .roofline_model import (
     CARDS,
     HOST_BOUND,
+    PREDICTED_CARDS,
     Parameters,
     Point,
     Work,
@@ -33,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COUNTS = RESULTS / "roofline_counts.json"
 CALIBRATION = RESULTS / "roofline_calibration.json"
+PREDICTIONS = RESULTS / "roofline.md"
 PUBLISHED = ROOT.parent / "shared" / "field" / "data" / "published_gpu_timings.csv"
 
 # That are run; everything counted grows with the rows (a test holds it). RMSNorm's weight does not:
@@ -48,9 +51,9 @@ CARD_OF = {
 }
 # Where the version that a timing names has no such kernel, it was timed from a checkout on the way
 # to the next release; the first release that has the kernel is counted. For kl_div that would be
-# 0.3.0, whose forward writes past the end of its losses (found by ptxrun); 0.3.1 does not, and moves
-# the same bytes. tvd was timed on the day of Liger's pull request 1127 (2026-03-03), which took two
-# sweeps out of its forward and was released in 0.8.0.
+# 0.3.0, whose forward writes past the end of its losses; 0.3.1 does not, and moves the same bytes.
+# tvd was timed on the day of Liger's pull request 1127 (2026-03-03), which took two sweeps out of
+# its forward and was released in 0.8.0.
 FIRST_RELEASE = {
     ("kl_div", "0.2.1"): "0.3.1",
     ("jsd", "0.3.1"): "0.4.0",
@@ -302,23 +305,177 @@ def calibration_table(calibration: dict[str, Any]) -> str:
 # Predictions --------------------------------------------------------------------------------------
 
 PREDICTED_ROWS = 8192
+PREDICTED_COLUMNS = (32000, 128256)
+OUR_CASES = {
+    "forward_kl": {"divergence": "forward_kl", "ce": False},
+    "reverse_kl": {"divergence": "reverse_kl", "ce": False},
+    "jsd": {"divergence": "jsd", "ce": False},
+    "skew_forward_kl": {"divergence": "skew_forward_kl", "ce": False},
+    "tvd": {"divergence": "tvd", "ce": False},
+    "forward_kl + CE": {"divergence": "forward_kl", "ce": True},
+}
+BACKENDS = {"triton": "Triton", "cpp": "CUDA"}
+PEER = "0.8.5"  # the newest release of liger-kernel when this was written
+PEERS = ("kl_div", "jsd", "tvd", "cross_entropy", "fused_linear_jsd")
+# Chunks of fused_linear_jsd at 8192 rows, hidden size 4096 and each vocabulary: its own formula.
+CHUNKS = {32000: 8, 128256: 32}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the prediction table: a call, and its counts for each architecture."""
+
+    whose: str
+    case: str
+    mode: str
+    columns: int
+    works: dict[int, Work]  # by architecture, at PREDICTED_ROWS
+
+
+def our_jobs() -> list[tuple[str, dict[str, Any]]]:
+    """(name of the case, job) of everything of ours that is predicted."""
+    jobs: list[tuple[str, dict[str, Any]]] = []
+    for columns in PREDICTED_COLUMNS:
+        size = {"rows": ROWS, "columns": columns}
+        for name, case in OUR_CASES.items():
+            for mode in ("forward", "backward", "one pass"):
+                jobs.append((name, {"op": "distillation_loss", **case, "mode": mode, **size}))
+        for mode in ("forward", "backward"):
+            case = {"op": "softmax", "divergence": "forward_kl", "ce": False}
+            jobs.append(("softmax", {**case, "mode": mode, **size}))
+    return jobs
+
+
+def our_key(backend: str, name: str, job: dict[str, Any], arch: int) -> str:
+    return "|".join(("ours", backend, name, job["mode"], str(job["columns"]), str(arch)))
+
+
+def peer_jobs(arch: int) -> list[dict[str, Any]]:
+    common = {"mode": "loss and gradient", "upstream": "one", "rows": ROWS, "arch": arch}
+    return [
+        {**common, "op": f"from logits: {op}", "columns": columns}
+        for columns in PREDICTED_COLUMNS
+        for op in PEERS
+    ]
+
+
+ARCHITECTURES = sorted({CARDS[card].arch for card in PREDICTED_CARDS})
+
+
+def count_all(counts: Counts) -> None:
+    """Count everything that is predicted, ours anew and peers where missing, and store it."""
+    for backend in BACKENDS:
+        for name, job in our_jobs():
+            for arch in ARCHITECTURES:
+                key = our_key(backend, name, job, arch)
+                print(f"  {key}", file=sys.stderr)
+                counts.works[key] = counting.count_ours(job, backend, arch)
+        counts.save()
+    counts.liger([(PEER, job) for arch in ARCHITECTURES for job in peer_jobs(arch)])
+
+
+def lines(counts: Counts) -> list[Line]:
+    """Everything of the table that counts are stored for."""
+    found = []
+    for backend, whose in BACKENDS.items():
+        for name, job in our_jobs():
+            keys = {arch: our_key(backend, name, job, arch) for arch in ARCHITECTURES}
+            found.append((whose, name, job, keys))
+    for columns in PREDICTED_COLUMNS:
+        for op in PEERS:
+            job = {**peer_jobs(0)[0], "op": f"from logits: {op}", "columns": columns}
+            keys = {arch: liger_key(PEER, {**job, "arch": arch}) for arch in ARCHITECTURES}
+            found.append((f"Liger {PEER}", op, job, keys))
+    table = []
+    for whose, name, job, keys in found:
+        stored = {arch: counts.works[key] for arch, key in keys.items() if key in counts.works}
+        chunks = CHUNKS[job["columns"]] // ROWS if name == "fused_linear_jsd" else 1
+        works = {
+            arch: Work(elementwise(work).launches * chunks, work.synchronisations).scaled(
+                PREDICTED_ROWS / ROWS / chunks
+            )
+            for arch, work in stored.items()
+        }
+        if works:
+            table.append(Line(whose, name, job["mode"], job["columns"], works))
+    return table
+
+
+def elementwise(work: Work) -> Work:
+    """The work without matrix products."""
+    kept = tuple(launch for launch in work.launches if launch.name not in ("mm", "addmm"))
+    return replace(work, launches=kept)
+
+
+def prediction_table(table: list[Line], calibration: dict[str, Any]) -> str:
+    """Markdown: counts of each call, then its predicted time on each card."""
+    parameters, bar = stored_parameters(calibration), error_bar(calibration)
+    head = ["kernels", "call", "V", "launches", "B", "MUFU", "FMA", "PTX", "spill"]
+    out = [
+        "# Predicted times (a prediction: nothing here was timed)",
+        "",
+        "Made by `python -m benchmarks.roofline` from counts of kernels that ran on the CPU "
+        f"through ptxrun. {PREDICTED_ROWS} rows of bfloat16 logits. Each predicted time may be "
+        f"wrong by a factor of {bar:.2f} either way: the 90th percentile of the model's error, the "
+        "larger of held-back points and unseen kernels (`roofline_calibration.md`). Nobody "
+        "published timings of an H200: it takes the H100's fraction of bandwidth.",
+        "",
+        "Per element of the student's logits: bytes asked of memory, special functions (ex2, lg2, "
+        "rcp; 16 a clock and multiprocessor), FMAs, PTX instructions, and bytes of registers "
+        "spilled, on sm_90. Under each card: predicted ms, the limit that binds, and the fraction "
+        "of that limit that the predicted time is. PyTorch's operators around Liger's kernels are "
+        "counted; fused_linear_jsd is without its matrix products and the gradient of its weight, "
+        "at hidden size 4096.",
+        "",
+        "| " + " | ".join([*head, *PREDICTED_CARDS]) + " |",
+        "|---" * (len(head) + len(PREDICTED_CARDS)) + "|",
+    ]
+    for line in table:
+        work = line.works.get(90) or next(iter(line.works.values()))
+        elements = PREDICTED_ROWS * line.columns
+        cells = [line.whose, f"{line.case}, {line.mode}", str(line.columns)]
+        cells.append(str(len(work.launches)))
+        for name in ("requested", "mufu", "fma", "instructions", "spilled"):
+            cells.append(f"{work.total(name) / elements:.2f}")
+        for card in (CARDS[name] for name in PREDICTED_CARDS):
+            if card.arch not in line.works:
+                cells.append("not counted")
+                continue
+            found = predict(line.works[card.arch], card, parameters)
+            cells.append(f"{found.seconds * 1e3:.2f} ({found.binding} {found.fraction:.2f})")
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*out, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--calibrate", action="store_true", help="fit and judge the model anew, store the result"
     )
+    what.add_argument(
+        "--count", action="store_true", help="count our kernels anew, and peers where missing"
+    )
     options = parser.parse_args()
+    counts = Counts()
     try:
         if options.calibrate:
-            calibration = calibrate(Counts())
+            if not PUBLISHED.exists():
+                sys.exit(f"cannot calibrate: the published timings are not at {PUBLISHED}")
+            calibration = calibrate(counts)
             CALIBRATION.write_text(json.dumps(calibration, indent=1) + "\n")
             CALIBRATION.with_suffix(".md").write_text(calibration_table(calibration))
             print(calibration_table(calibration))
             return
+        if options.count:
+            count_all(counts)
+        else:
+            print(f"from the counts stored in {COUNTS.relative_to(ROOT)} (--count makes them anew)")
     except counting.Missing as e:
         sys.exit(f"cannot count: {e}")
+    text = prediction_table(lines(counts), json.loads(CALIBRATION.read_text()))
+    PREDICTIONS.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

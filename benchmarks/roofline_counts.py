@@ -7,6 +7,7 @@ process, because all versions are called `liger_kernel`.
 """
 
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -23,6 +24,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .roofline_model import Launch, Work
+
+ROOT = Path(__file__).parents[1]
+PTXRUN = ROOT.parent / "shared" / "ptxrun"
 
 MUFU = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh", "div")
 
@@ -55,14 +59,21 @@ class Missing(Exception):
 
 def require() -> None:
     """Raise Missing with what to do unless kernels can be run and assembled here."""
+    if PTXRUN.is_dir() and str(PTXRUN) not in sys.path:
+        sys.path.append(str(PTXRUN))
     for module, remedy in (
         ("triton", "pip install triton"),
-        ("ptxrun", "put ptxrun on PYTHONPATH"),
+        ("ptxrun", f"put its folder at {PTXRUN} or on PYTHONPATH"),
     ):
         try:
             importlib.import_module(module)
         except ImportError as e:
             raise Missing(f"{module} does not import here ({e}): {remedy}") from e
+
+
+def triton_driver(arch: int) -> Any:
+    """Inside, Triton's kernels run on CPU tensors, for that architecture."""
+    return importlib.import_module("ptxrun.triton_driver").installed(arch=arch)
 
 
 class _Operators(TorchDispatchMode):
@@ -72,7 +83,7 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self.launches, self.waits = launches, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         before = _storages((args, kwargs))
@@ -112,23 +123,19 @@ def _storages(tree: Any) -> dict[int, int]:
 @contextmanager
 def _launched(launches: list[Launch], arch: int) -> Iterator[None]:
     """Puts the counts of every launch that ptxrun makes inside at the end of `launches`."""
-    import ptxrun
-    from ptxrun.module import memory_of
-
+    ptxrun, module = (importlib.import_module(name) for name in ("ptxrun", "ptxrun.module"))
     original = ptxrun.Module.launch
 
-    def launch(self, name, grid, block, args, **options):  # type: ignore[no-untyped-def]
+    def launch(self, name, grid, block, args, **options):
         options["check"] = "traffic"
         stats = original(self, name, grid, block, args, **options)
-        sizes: dict[int, int] = {}
-        labels = options.get("names") or [f"arg{n}" for n in range(len(args))]
-        named: dict[str, int] = {}
-        for label, argument in zip(labels, args, strict=False):
-            span = None if isinstance(argument, (bytes, bytearray)) else memory_of(argument)
+        # Plain addresses (CUDA host code) have their sizes from ptxrun.tracked.
+        sizes = {label: size for _, size, label in module._tracked}
+        for label, argument in zip(options.get("names") or (), args, strict=False):
+            span = None if isinstance(argument, (bytes, bytearray)) else module.memory_of(argument)
             if span:
-                sizes[span[0]] = span[1]
-                named[label] = span[1]
-        launches.append(from_stats(stats, self, named, arch))
+                sizes[label] = span[1]
+        launches.append(from_stats(stats, self, sizes, arch))
         return stats
 
     ptxrun.Module.launch = launch
@@ -202,14 +209,65 @@ def _assembled(module: Any, kernel: str, arch: int) -> tuple[int, float]:
 
 
 def count(step: Callable[[], Any], arch: int) -> Work:
-    """The launches of `step`, which uses CPU tensors, on a card of that architecture."""
-    import ptxrun.triton_driver
-
+    """The launches of `step`, which runs Triton kernels on CPU tensors, for that architecture."""
     launches: list[Launch] = []
-    with ptxrun.triton_driver.installed(arch=arch), _launched(launches, arch):
+    with triton_driver(arch), _launched(launches, arch):
         with _Operators(launches) as operators:
             step()
     return Work(tuple(launches), operators.waits)
+
+
+# kdkernels ----------------------------------------------------------------------------------------
+
+
+def our_step(
+    op: str, divergence: str, ce: bool, mode: str, rows: int, columns: int, backend: str
+) -> Callable[[], Any]:
+    """A call of ours on bfloat16 logits; a backward without the accumulation that may follow it."""
+    import kdkernels
+
+    torch.manual_seed(0)
+    student = torch.randn(rows, columns).bfloat16().requires_grad_()
+    teacher = torch.randn(rows, columns).bfloat16()
+    labels = torch.randint(columns, (rows,)) if ce else None
+    options: dict[str, Any] = {"divergence": divergence, "backend": backend}
+    if ce:
+        options["ce_weight"] = 0.5
+
+    def forward() -> Any:
+        if op == "softmax":
+            return kdkernels.softmax(student, backend=backend)
+        return kdkernels.distillation_loss(student, teacher, labels, **options)
+
+    if mode == "one pass":
+        logits = student.detach()
+        return lambda: kdkernels.distillation_loss_and_grad(logits, teacher, labels, **options)
+    if mode == "forward":
+        return forward
+    output = forward()
+    upstream = torch.ones_like(output)
+    return lambda: torch.autograd.grad(output, student, upstream, retain_graph=True)
+
+
+def count_ours(job: dict[str, Any], backend: str, arch: int) -> Work:
+    """Counts of one job {op, divergence, ce, mode, rows, columns} by our Triton or CUDA kernels."""
+    require()
+    if backend == "triton":
+        with triton_driver(arch):
+            step = our_step(**job, backend="triton")
+        return count(step, arch)
+    path = ROOT / "tests" / "emulate.py"
+    spec = importlib.util.spec_from_file_location("emulate", path)
+    assert spec and spec.loader
+    emulate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulate)
+    launches: list[Launch] = []
+    # PyTorch's operators are not counted: the emulation's own, none of them runs on a card.
+    with emulate.installed(f"sm_{arch}"):
+        step = our_step(**job, backend="cpp")
+        with _launched(launches, arch):
+            step()
+    return Work(tuple(launches))
 
 
 # Liger-Kernel -------------------------------------------------------------------------------------
@@ -226,15 +284,11 @@ def install_liger(version: str) -> Path:
     folder = liger_folder(version)
     if not (folder / "liger_kernel").exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run(
-            [*command, "--target", str(folder), f"liger-kernel=={version}"], check=True
-        )
+        subprocess.run([*command, "--target", str(folder), f"liger-kernel=={version}"], check=True)
     return folder
 
 
-def liger_step(
-    op: str, mode: str, rows: int, columns: int, upstream: str
-) -> Callable[[], Any]:
+def liger_step(op: str, mode: str, rows: int, columns: int, upstream: str) -> Callable[[], Any]:
     """A call as Liger's benchmark scripts time it, its inputs made and its warm-up done.
 
     `upstream`: the gradient that a loss's backward starts from, "one" as `loss.backward()` does, or
@@ -244,6 +298,8 @@ def liger_step(
     goes on through log_softmax or softmax into a leaf whose gradient accumulates; cross entropy's
     logits are a leaf themselves, whose gradient is dropped before a timed backward.
     """
+    if op.startswith("from logits: "):
+        return _liger_from_logits(op.removeprefix("from logits: "), rows, columns)
     torch.manual_seed(0)
     ops = importlib.import_module(f"liger_kernel.ops.{op}")
     logits = torch.randn(rows, columns, requires_grad=True)
@@ -306,6 +362,44 @@ def liger_step(
     return backward
 
 
+def _liger_from_logits(op: str, rows: int, columns: int) -> Callable[[], Any]:
+    """Loss and gradient from bfloat16 logits, as ours: what surrounds Liger's kernel counts too.
+
+    fused_linear_jsd: hidden size 64, one row a chunk, and no gradient of the weight.
+    """
+    torch.manual_seed(0)
+    ops = importlib.import_module(f"liger_kernel.ops.{op}")
+    student = torch.randn(rows, columns).bfloat16().requires_grad_()
+    teacher = torch.randn(rows, columns).bfloat16()
+    if op == "fused_linear_jsd":
+        hidden = torch.randn(rows, 64).bfloat16().requires_grad_()
+        weight = torch.randn(columns, 64).bfloat16()
+        inputs = (hidden, weight, hidden.detach(), weight)
+        return lambda: ops.LigerFusedLinearJSDFunction.apply(*inputs)
+    if op == "cross_entropy":
+        labels = torch.randint(columns, (rows,))
+        function = ops.LigerCrossEntropyFunction
+        logits = student * 1
+        return lambda: function.apply(logits, labels, *_cross_entropy_options(function))
+    options: tuple[Any, ...]
+    if op == "kl_div":
+        function, options = ops.LigerKLDivLossFunction, ("batchmean", True)
+    elif op == "jsd":
+        function, options = ops.LigerJSDFunction, (None, 0.5, -100)
+    else:
+        function, options = ops.LigerTVDLossFunction, (None, "batchmean", -100)
+
+    def step() -> None:
+        own, other = (
+            x.float().softmax(-1) if op == "tvd" else x.float().log_softmax(-1)
+            for x in (student, teacher)
+        )
+        loss = function.apply(own, other, *options)
+        torch.autograd.grad(loss, student)
+
+    return step
+
+
 def _cross_entropy_options(function: Any) -> list[Any]:
     """Positional arguments after the target: the defaults of each version's public module."""
     code = function.forward.__wrapped__ if hasattr(function.forward, "__wrapped__") else None
@@ -331,7 +425,7 @@ def count_liger(version: str, jobs: list[dict[str, Any]]) -> Iterator[Work]:
             stderr=errors,
             text=True,
             env=environment,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
         )
         assert child.stdout
         for line in child.stdout:
@@ -342,11 +436,10 @@ def count_liger(version: str, jobs: list[dict[str, Any]]) -> Iterator[Work]:
 
 
 def _main() -> None:
-    import ptxrun.triton_driver
-
+    require()
     for job in json.loads(sys.argv[1]):
         rows, columns, arch = job["rows"], job["columns"], job["arch"]
-        with ptxrun.triton_driver.installed(arch=arch):
+        with triton_driver(arch):
             step = liger_step(job["op"], job["mode"], rows, columns, job["upstream"])
         print(json.dumps(count(step, arch).to_json()), flush=True)
 

@@ -244,7 +244,13 @@ def fit(points: Sequence[Point]) -> Parameters:
     Coordinate by coordinate over a shrinking grid: nothing here is smooth, and everything is cheap.
     """
     cards = sorted({point.card for point in points})
-    values = {**{card: 0.85 for card in cards}, "exposed": 0.5, "launch": 5e-6, "sync": 2e-5, "row": 0.9}
+    values = {
+        **{card: 0.85 for card in cards},
+        "exposed": 0.5,
+        "launch": 5e-6,
+        "sync": 2e-5,
+        "row": 0.9,
+    }
     bounds = {
         **{card: (0.3, 1.0) for card in cards},
         "exposed": (0.0, 1.0),
