@@ -167,9 +167,11 @@ def alpha(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
     d = difference(a, b)
     rest = 1.0 - first
     pi = tl.exp2(geometric(a, b, first) * LOG2_E)
-    phi = (first * q + rest * p - pi) / (first * rest)
-    g = (p - pi) / first
-    h = (q - pi) / rest
+    by_first = 1.0 / first
+    by_rest = 1.0 / rest
+    phi = (first * q + rest * p - pi) * (by_first * by_rest)
+    g = (p - pi) * by_first
+    h = (q - pi) * by_rest
     # α = 1: forward KL, α = 0: reverse KL.
     forward = rest == 0
     end = forward | (first == 0)
@@ -194,8 +196,8 @@ def ab(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
     q_k = tl.exp2(k * b * LOG2_E)
     p_k = tl.exp2(k * a * LOG2_E)
     mixed = tl.exp2((first * b + second * a) * LOG2_E)
-    phi = (second * p_k + first * q_k - k * mixed) / (k * first * second)
-    return phi, (p_k - mixed) / first, (q_k - mixed) / second
+    phi = (second * p_k + first * q_k - k * mixed) * (1.0 / (k * first * second))
+    return phi, (p_k - mixed) * (1.0 / first), (q_k - mixed) * (1.0 / second)
 
 
 @triton.jit

@@ -35,6 +35,31 @@ _TABLE = {
 }
 _TILES = 2  # tiles a chunk
 
+# Arguments whose value compiles nothing new.
+NUMBERS = (
+    "n",
+    "vocab",
+    "columns",
+    "student_columns",
+    "teacher_columns",
+    "chunks",
+    "offset",
+    "student_offset",
+    "stride",
+    "student_stride",
+    "teacher_stride",
+    "student_grad_stride",
+    "teacher_grad_stride",
+    "upstream_stride",
+    "factor_stride",
+    "grad_stride",
+    "x_grad_stride",
+    "y_stride",
+    "smoothing",
+    "number",
+    "t_squared",
+)
+
 
 class Cut(NamedTuple):
     """How rows are cut: the compile-time arguments of a kernel, and its number of warps."""
@@ -67,6 +92,7 @@ def cut(vocab: int, *matrices: Tensor) -> Cut:
         SHIFTED=shifted,
         RAGGED=shifted or vocab % group != 0,
         num_warps=max(1, warps * 32 // lanes),
+        enable_fp_fusion=True,  # FMAs, also where Triton 3.10 leaves them out by default
     )
     return Cut(chunks, wide, options)
 

@@ -256,7 +256,7 @@ def tile(
     return s, t, raw, position, here, counted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.NUMBERS)
 def _statistics(
     student, teacher, rows, masks, labels, states,
     n, vocab, student_stride, teacher_stride, student_offset, chunks,
@@ -350,7 +350,7 @@ def summed(
     return phi_sum + tl.sum(phi, 1), g_sum + tl.sum(g, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.NUMBERS)
 def _sums(
     student, teacher, rows, masks, states, sums,
     n, vocab, student_stride, teacher_stride, student_offset, chunks,
@@ -454,7 +454,7 @@ def with_label(maximum, at, logit, label):
     return tl.where(logit > maximum, label.to(tl.int32), at)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.NUMBERS)
 def _finish(
     rows, masks, labels, student_label, teacher_label, states, sums, totals,
     n, vocab, chunks, smoothing, t_squared,
@@ -512,6 +512,7 @@ def _finish(
         # Where nothing but the label has mass there is nothing to distil.
         rest_is_empty = (zs == 0) & (zt == 0)
         kd_scale = tl.where(rest_is_empty, 0.0, kd_scale)
+        tl.debug_barrier()  # every thread has read the old one
         tl.store(rows + KD_SCALE * n + i, kd_scale)
         d = tl.where(rest_is_empty, 0.0, d)
         teacher_logit = tl.load(teacher_label + i)
@@ -598,7 +599,7 @@ def gradient_tile(
     return student_grad, teacher_grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.NUMBERS)
 def _gradient(
     upstream, student, teacher, rows, labels, student_label, teacher_label,
     student_grad, teacher_grad,
@@ -733,7 +734,7 @@ def clear_padding(row, vocab, columns, BLOCK: tl.constexpr):
         tl.store(row + column, tl.zeros((BLOCK,), row.dtype.element_ty), mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.NUMBERS)
 def _scale(grad, factor, columns, stride, factor_stride, offset,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, SHIFTED: tl.constexpr,
     RAGGED: tl.constexpr, WIDE: tl.constexpr,
@@ -903,7 +904,7 @@ def _forward(
                 rows, masks, labels, *label_logits, states, sums, totals,
                 n, vocab, cut.chunks, label_smoothing, int(t_squared),
                 NAME=divergence, KIND=kind, HARDWARE=hardware, CHUNKS=chunks, CLASS_B=class_b,
-                LABELLED=labels is not None, num_warps=1,
+                LABELLED=labels is not None, num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
     loss = totals if reduction == "none" else totals.sum(dtype=torch.float64).to(torch.float32)
     return loss, rows, (labels, divergence, label_smoothing, vocab, label_logits)
