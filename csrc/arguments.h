@@ -13,7 +13,7 @@ struct Parameter {
   double value = 0;
   const Real* data = nullptr;
   int64_t stride = 0;
-  Real at(int64_t row) const { return data ? data[row * stride] : static_cast<Real>(value); }
+  KD_INLINE Real at(int64_t row) const { return data ? data[row * stride] : static_cast<Real>(value); }
 };
 
 // N rows of logits or of their gradient; strides in elements, columns contiguous.
@@ -22,7 +22,7 @@ struct Matrix {
   Dtype dtype = Dtype::float32;
   int64_t stride = 0;
   int64_t columns = 0;
-  char* row(int64_t i) const { return data + i * stride * size_of(dtype); }
+  KD_INLINE char* row(int64_t i) const { return data + i * stride * size_of(dtype); }
 };
 
 // Rows a thread should take at least: a task of less than about 10 µs costs more to hand out than

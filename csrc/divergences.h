@@ -7,7 +7,7 @@
 // sends them to a KL.
 #pragma once
 
-#include "math.h"
+#include "elementary.h"
 
 namespace kd {
 
@@ -108,7 +108,7 @@ struct Mixture {
   KD_INLINE Mixture(Real d, Real e, Real beta) {
     Real y = (d >= 0 ? beta : 1 - beta) * e;  // m/larger − 1
     Real log_larger = -log1p_nonpositive(y), log_smaller = log_larger - absolute(d);
-    Real inverse = 1 / (1 + y), larger = -y * inverse, smaller = (e - y) * inverse;
+    Real inverse = quotient<Real>(1, 1 + y), larger = -y * inverse, smaller = (e - y) * inverse;
     log_p_m = d >= 0 ? log_larger : log_smaller;
     log_q_m = d >= 0 ? log_smaller : log_larger;
     excess_p = d >= 0 ? larger : smaller;
@@ -121,7 +121,7 @@ struct JSD : Mixes {
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
     Real beta = w.first, rest = 1 - beta;
     Mixture<Real> m(a - b, e, beta);
-    Real scale = w.second > 0 ? 1 / (beta * rest) : Real(1);
+    Real scale = w.second > 0 ? quotient<Real>(1, beta * rest) : Real(1);
     Real g = weighted(p, m.log_p_m) * (rest * scale);
     Real h = weighted(q, m.log_q_m) * (beta * scale);
     return {g + h, g, h};
@@ -167,9 +167,9 @@ struct Alpha : Plain {
     Real near = weight * (expm1_minus(kappa * x) - kappa * expm1_minus(x));
     Real far = pi - (1 - kappa) * weight - kappa * other;
     bool small = absolute(d) < Real(0.25) && absolute(kappa * d) < Real(0.25);
-    return {(small ? near : far) / (alpha * (alpha - 1)),
-            (small ? -p * expm1(-alpha * d) : p - pi) / alpha,
-            (small ? q * expm1((1 - alpha) * d) : pi - q) / (alpha - 1)};
+    return {quotient(small ? near : far, alpha * (alpha - 1)),
+            quotient(small ? -p * expm1(-alpha * d) : p - pi, alpha),
+            quotient(small ? q * expm1((1 - alpha) * d) : pi - q, alpha - 1)};
   }
 };
 
@@ -187,7 +187,7 @@ struct Renyi : Plain {
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
     Real tilted = exp(geometric(a, b, w.first) - w.log_b);
-    return {Alpha::term(a, b, p, q, e, w).phi, -tilted, tilted * w.first / (w.first - 1)};
+    return {Alpha::term(a, b, p, q, e, w).phi, -tilted, quotient(tilted * w.first, w.first - 1)};
   }
 };
 
@@ -196,11 +196,13 @@ struct AlphaBeta : Plain {
   static KD_INLINE Term<Real> term(Real a, Real b, Real, Real, Real, const Weights<Real>& w) {
     Real alpha = w.first, beta = w.second, k = alpha + beta, d = log_ratio(a, b);
     Real q_k = exp(k * b), p_k = exp(k * a), mixed = exp(alpha * b + beta * a);
-    Real near = q_k / alpha * (expm1_minus(k * d) / k - expm1_minus(beta * d) / beta);
-    Real far = (beta * p_k + alpha * q_k - k * mixed) / (k * alpha * beta);
+    Real near = quotient(q_k, alpha) *
+                (quotient(expm1_minus(k * d), k) - quotient(expm1_minus(beta * d), beta));
+    Real far = quotient(beta * p_k + alpha * q_k - k * mixed, k * alpha * beta);
     bool small = absolute(k * d) < Real(0.25);
-    return {small ? near : far, (small ? -p_k * expm1(-alpha * d) : p_k - mixed) / alpha,
-            (small ? -q_k * expm1(beta * d) : q_k - mixed) / beta};
+    return {small ? near : far,
+            quotient(small ? -p_k * expm1(-alpha * d) : p_k - mixed, alpha),
+            quotient(small ? -q_k * expm1(beta * d) : q_k - mixed, beta)};
   }
 };
 

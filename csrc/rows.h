@@ -3,7 +3,7 @@
 #pragma once
 
 #include "arguments.h"
-#include "math.h"
+#include "elementary.h"
 
 #if !defined(KD_TARGET)
 #error "define KD_TARGET (see cpu_level.h) before including rows.h"

@@ -15,6 +15,7 @@
 
 #include "../rows.h"
 #include "../scratch.h"
+#include "binary.h"
 #include "problem.h"
 
 namespace kd {
@@ -172,29 +173,6 @@ KD_LOOP void fill_row(const Matrix& matrix, int64_t row, int64_t from) {
 }
 
 // ---- one row ----
-
-template <class Real>
-Real log1p_exp(Real x) {  // log(1 + e^x)
-  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
-}
-
-// DKD's binary (label, rest) distributions, from the log-odds of the label in both rows.
-template <class Real>
-struct Binary {
-  Real student_label, teacher_label;  // probabilities
-  Real kl, odds_gradient;             // ∂KL/∂(teacher's log-odds)
-  Binary(Real student_odds, Real teacher_odds) {
-    Real a[2] = {-log1p_exp(-student_odds), -log1p_exp(student_odds)};
-    Real b[2] = {-log1p_exp(-teacher_odds), -log1p_exp(teacher_odds)};
-    student_label = std::exp(a[0]);
-    teacher_label = std::exp(b[0]);
-    kl = 0;
-    for (int k = 0; k < 2; ++k) {
-      kl += kl_term<Real>(std::exp(b[k]), std::exp(a[k]), log_ratio(a[k], b[k]));
-    }
-    odds_gradient = times<Real>(teacher_label * std::exp(b[1]), teacher_odds - student_odds);
-  }
-};
 
 template <class Real>
 class RowKernel {
@@ -551,12 +529,6 @@ class RowKernel {
                            rescale(maxima[k], softmax.anchor, c) * inverse_z, n);
     }
     return static_cast<Real>(sum);
-  }
-
-  static Real whole_entropy(Real odds, Real rest_entropy) {
-    Real log_label = -log1p_exp(-odds), log_rest = -log1p_exp(odds);
-    Real label = std::exp(log_label), rest = std::exp(log_rest);
-    return -times(label, log_label) - times(rest, log_rest) + times(rest, rest_entropy);
   }
 
   // The first column that holds the maximum.

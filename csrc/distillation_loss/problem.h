@@ -64,7 +64,7 @@ struct Problem {
   const Real* upstream = nullptr;
   int64_t upstream_stride = 0;
 
-  Real& line(int which, int64_t row) const { return rows[which * n + row]; }
+  KD_INLINE Real& line(int which, int64_t row) const { return rows[which * n + row]; }
 };
 
 // The first row whose label is neither a column nor ignore_index, or −1.

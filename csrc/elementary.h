@@ -10,11 +10,7 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__CUDACC__)
-#define KD_INLINE __host__ __device__ __forceinline__
-#else
-#define KD_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace kd {
 
@@ -33,6 +29,9 @@ struct Format;
 
 template <>
 struct Format<float> {
+  using Limits = std::numeric_limits<float>;
+  static constexpr float infinity = Limits::infinity(), nan = Limits::quiet_NaN();
+  static constexpr float smallest = Limits::min();  // normal number
   using Bits = uint32_t;
   static constexpr int mantissa = 23;
   static constexpr float round = 12582912.f;
@@ -42,6 +41,9 @@ struct Format<float> {
 
 template <>
 struct Format<double> {
+  using Limits = std::numeric_limits<double>;
+  static constexpr double infinity = Limits::infinity(), nan = Limits::quiet_NaN();
+  static constexpr double smallest = Limits::min();  // normal number
   using Bits = uint64_t;
   static constexpr int mantissa = 52;
   static constexpr double round = 6755399441055744.0;
@@ -61,7 +63,12 @@ KD_INLINE Real polynomial(Real x, const Real (&c)[N]) {
 
 template <class Real>
 KD_INLINE Real infinity() {
-  return std::numeric_limits<Real>::infinity();
+  return Format<Real>::infinity;
+}
+
+template <class Real>
+KD_INLINE Real not_a_number() {
+  return Format<Real>::nan;
 }
 
 // (2^r − 1)/r for |r| ≤ ½: minimax of degree 5 (relative error 1.1e-8), Taylor of degree 12 in
@@ -238,13 +245,13 @@ template <class Real>
 KD_INLINE Real log(Real x) {
   using F = Format<Real>;
   using Bits = typename F::Bits;
-  constexpr Real scale = Real(Bits(1) << F::mantissa), smallest = std::numeric_limits<Real>::min();
+  constexpr Real scale = Real(Bits(1) << F::mantissa), smallest = F::smallest;
   Real normal = x < smallest ? x * scale : x;
   Bits exponent_bits = (bits_as<Bits>(normal) - F::sqrt_half) & (~Bits(0) << F::mantissa);
   Real exponent = exponent_value(exponent_bits) - (x < smallest ? Real(F::mantissa) : Real(0));
   Real f = bits_as<Real>(static_cast<Bits>(bits_as<Bits>(normal) - exponent_bits)) - 1;
   Real result = exponent * Real(0.69314718055994531) + f * log1p_ratio(f);
-  result = x > 0 ? result : (x == 0 ? -infinity<Real>() : std::numeric_limits<Real>::quiet_NaN());
+  result = x > 0 ? result : (x == 0 ? -infinity<Real>() : not_a_number<Real>());
   return x < infinity<Real>() ? result : x;
 }
 
@@ -262,6 +269,26 @@ KD_INLINE Real log1p_nonpositive(Real y) {
   Real result = exponent * Real(0.69314718055994531) + f * log1p_ratio(f);
   return y <= 0 ? result : y;
 }
+
+// x/y; on a device by the hardware's reciprocal (2 units in the last place), since nothing that ends
+// in a loss or a gradient has more digits.
+template <class Real>
+KD_INLINE Real quotient(Real x, Real y) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
+
+#if defined(__CUDACC__)
+// 2^x by the hardware: 2 units in the last place, 0 below the normal numbers.
+__device__ __forceinline__ float exp2_hardware(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
 
 // Zero weight wins over inf and NaN.
 template <class Real>

@@ -1,0 +1,178 @@
+// Plans and launches of row kernels. Host code; no torch header.
+#pragma once
+
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+
+#include "blocks.cuh"
+#include "cuda_status.h"
+
+namespace kd {
+
+struct Device {
+  int number = 0, multiprocessors = 0, shared_per_block = 0, shared_per_multiprocessor = 0;
+  int max_cluster = 1;  // 1 where the chip has no clusters
+};
+
+inline CudaStatus failure(cudaError_t code, const char* kernel, const char* doing,
+                          const char* shape) {
+  CudaStatus status;
+  status.code = code;
+  std::snprintf(status.text, sizeof(status.text), "kdkernels: %s: %s failed: %s (%s)%s", kernel,
+                doing, cudaGetErrorString(code), cudaGetErrorName(code), shape);
+  return status;
+}
+
+#define KD_TRY(call, kernel)                                           \
+  do {                                                                 \
+    cudaError_t code_ = (call);                                        \
+    if (code_ != cudaSuccess) return failure(code_, kernel, #call, ""); \
+  } while (0)
+
+// What the current device can hold, asked once per device.
+inline CudaStatus current_device(const char* kernel, Device* out) {
+  constexpr int most = 64;
+  static std::mutex mutex;
+  static Device known[most];
+  int number = 0;
+  KD_TRY(cudaGetDevice(&number), kernel);
+  std::lock_guard<std::mutex> lock(mutex);
+  bool keeps = number < most;
+  if (keeps && known[number].multiprocessors != 0) {
+    *out = known[number];
+    return {};
+  }
+  Device device;
+  device.number = number;
+  int major = 0, minor = 0;
+  auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, number);
+  };
+  KD_TRY(ask(&device.multiprocessors, cudaDevAttrMultiProcessorCount), kernel);
+  KD_TRY(ask(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin), kernel);
+  KD_TRY(ask(&device.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+         kernel);
+  KD_TRY(ask(&major, cudaDevAttrComputeCapabilityMajor), kernel);
+  KD_TRY(ask(&minor, cudaDevAttrComputeCapabilityMinor), kernel);
+  // sm_120 has clusters of few blocks with little shared memory; a cooperative launch serves it.
+  device.max_cluster = major == 9 || major == 10 ? 8 : 1;
+  if (keeps) known[number] = device;
+  *out = device;
+  return {};
+}
+
+constexpr int kStatic = 4096;        // at least the static shared memory of any kernel here
+constexpr int kReserved = 1024;      // what the driver takes of a block
+constexpr int kWarpColumns = 1024;   // rows up to this length have a warp each
+
+// How the blocks of a row combine their sums: not at all, in clusters only (no workspace), or in
+// clusters where the chip has them and through device memory where it has not.
+enum class Meeting { none, clusters, anywhere };
+
+// raw(slots): bytes of a share as it is staged; kept(slots): with the floats that save exponentials.
+template <class Raw, class Kept>
+Plan plan_rows(const Device& device, int64_t columns, Meeting meeting, Raw raw, Kept kept) {
+  Plan plan;
+  int64_t slots = (columns + kSlot - 1) / kSlot;
+  if (columns <= kWarpColumns) {
+    plan.split = Split::warps;
+    plan.share = plan.tile = static_cast<int>(slots);
+    plan.keeps = true;
+    plan.shared_bytes = static_cast<int>(kept(slots)) * kWarps;
+    return plan;
+  }
+  bool clusters = device.max_cluster > 1;
+  int max_blocks = meeting == Meeting::none || (meeting == Meeting::anywhere && !clusters)
+                       ? kMaxBlocks
+                       : device.max_cluster;
+  int64_t most = device.shared_per_block - kStatic;
+  // Two blocks a multiprocessor, so that one computes while the other waits for memory.
+  int64_t half = device.shared_per_multiprocessor / 2 - kReserved - kStatic;
+  auto share_of = [&](int blocks) { return (slots + blocks - 1) / blocks; };
+  // The fewest blocks whose shares fit.
+  auto fewest = [&](int from, int to, bool keeps, int64_t limit) {
+    for (int blocks = from; blocks <= to; blocks *= 2) {
+      int64_t share = share_of(blocks);
+      if (share < (1 << 20) && (keeps ? kept(share) : raw(share)) <= limit) {
+        plan.blocks = blocks;
+        plan.share = plan.tile = static_cast<int>(share);
+        plan.keeps = keeps;
+        return true;
+      }
+    }
+    return false;
+  };
+  bool found;
+  if (clusters || meeting == Meeting::none) {
+    // Clusters are cheap: as many blocks as let two rest on a multiprocessor, with the exponentials
+    // if possible.
+    found = fewest(1, max_blocks, true, half) || fewest(1, max_blocks, false, half);
+  } else {
+    // Blocks that meet in device memory only where one cannot hold the row.
+    found = fewest(1, 1, true, half) || fewest(1, 1, false, most) ||
+            fewest(2, max_blocks, false, half);
+  }
+  if (!found && !fewest(1, max_blocks, false, most)) {
+    // Not even all of them hold the row: tile by tile.
+    plan.blocks = max_blocks;
+    plan.share = static_cast<int>(share_of(max_blocks));
+    plan.tile = 64;
+    while (raw(plan.tile + 64) <= half) plan.tile += 64;
+  }
+  plan.shared_bytes = static_cast<int>(plan.keeps ? kept(plan.tile) : raw(plan.tile));
+  plan.split = plan.blocks == 1 || meeting == Meeting::none ? Split::block
+               : clusters                                   ? Split::cluster
+                                                            : Split::grid;
+  return plan;
+}
+
+// Launches `kernel` with `call`, whose plan it completes with the number of teams.
+template <class Call>
+CudaStatus launch_rows(const char* name, void (*kernel)(Call), Call call, int64_t rows,
+                       const Device& device, cudaStream_t stream) {
+  Plan& plan = call.plan;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  KD_TRY(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              plan.shared_bytes),
+         name);
+  int resident = 0;
+  KD_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, kThreads,
+                                                       plan.shared_bytes),
+         name);
+  int64_t blocks = int64_t(resident > 0 ? resident : 1) * device.multiprocessors;
+  if (plan.split == Split::grid && blocks > kMaxTeamBlocks) blocks = kMaxTeamBlocks;
+  int64_t per_block = plan.split == Split::warps ? kWarps : 1;
+  int64_t teams = blocks / plan.blocks;
+  if (teams == 0) teams = 1;
+  if (teams * per_block > rows) teams = (rows + per_block - 1) / per_block;
+  plan.teams = teams * per_block;
+
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(teams * plan.blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  if (plan.split == Split::cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = plan.blocks;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else if (plan.split == Split::grid) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  config.attrs = &attribute;
+  config.numAttrs = plan.split == Split::cluster || plan.split == Split::grid ? 1 : 0;
+  void* arguments[] = {&call};
+  cudaError_t code = cudaLaunchKernelExC(&config, function, arguments);
+  if (code == cudaSuccess) code = cudaPeekAtLastError();
+  if (code == cudaSuccess) return {};
+  char shape[128];
+  std::snprintf(shape, sizeof(shape), "; grid %u, block %d, cluster %d, shared memory %d%s",
+                config.gridDim.x, kThreads, plan.split == Split::cluster ? plan.blocks : 1,
+                plan.shared_bytes, plan.split == Split::grid ? ", cooperative" : "");
+  return failure(code, name, "launch", shape);
+}
+
+}  // namespace kd
