@@ -1,10 +1,17 @@
 """Which implementation serves a call: the one place that decides, and says why.
 
-``reference`` is plain torch and serves everything. ``cpp`` is the compiled library behind
-``torch.ops.kdkernels``; it serves CPU tensors. An op passes its reference module and gets back
-something with the same functions.
+``reference`` is plain torch and serves everything. ``cpp`` is the compiled libraries behind
+``torch.ops.kdkernels``, one for CPU and one for CUDA tensors. ``triton`` are ops of their own,
+``kdkernels::<op>_triton``; its kernels are imported on first use. An op asks for one of its
+functions by name.
 """
 
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,50 +19,126 @@ import torch
 
 from .. import _ext
 
-NAMES = ("cpp", "reference")
+NAMES = ("cpp", "triton", "reference")
 
 
 def backends() -> list[tuple[str, bool, str]]:
     """(name, available, reason) of every backend on this machine."""
-    error = _ext.cpp_error()
-    cpp = "CPU tensors" if error is None else f"the C++ library does not load: {error}"
+    cpp, cuda = _ext.cpp_error(), _ext.cuda_error()
+    triton = _triton_error("cuda") if torch.cuda.is_available() else _triton_error("cpu")
     return [
-        ("cpp", error is None, cpp),
+        ("cpp (CPU)", cpp is None, cpp or "CPU tensors"),
+        ("cpp (CUDA)", cuda is None, cuda or "CUDA tensors of all dtypes but float64"),
+        ("triton", triton is None, triton or "CUDA tensors of all dtypes but float64"),
         ("reference", True, "plain torch, any device and dtype"),
     ]
 
 
-def choose(backend: str | None, device: torch.device) -> tuple[str, str]:
-    """(backend, why) for tensors on a device; raises where a backend asked for by name
-    cannot serve them.
+def choose(
+    backend: str | None,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    on_devices: bool = True,
+) -> tuple[str, str]:
+    """(backend, why) for tensors of these dtypes on a device; raises where a backend asked for by
+    name cannot serve them. ``on_devices``: whether the op has CUDA and Triton kernels.
     """
     if backend is not None and backend not in NAMES:
         raise ValueError(f"backend={backend!r} is unknown; accepted: None, {', '.join(NAMES)}")
     if backend == "reference":
         return "reference", "asked for by name"
-    error = _ext.cpp_error()
+    if backend is not None:
+        refusal = _refusal(backend, device.type, dtypes, on_devices)
+        if refusal is not None:
+            raise RuntimeError(f"backend={backend!r} cannot serve this call: {refusal}")
+        return backend, "asked for by name"
+    # On CPU tensors Triton's kernels run in an emulator: for tests, when asked for.
+    refusals = []
+    for name in ("cpp",) if device.type == "cpu" else ("cpp", "triton"):
+        refusal = _refusal(name, device.type, dtypes, on_devices)
+        if refusal is None:
+            why = {"cpu": "CPU tensors", "cuda": "CUDA tensors"}[device.type]
+            why += " and the C++ library is there" if name == "cpp" else "".join(
+                f"; not {other}: {reason}" for other, reason in refusals
+            )
+            return name, why
+        refusals.append((name, refusal))
+    return "reference", "; ".join(f"not {name}: {reason}" for name, reason in refusals)
+
+
+def warn_of_reference(backend: str, why: str, device: torch.device) -> None:
+    """One warning a reason where CUDA tensors fall back to plain torch."""
+    if backend == "reference" and device.type == "cuda" and not torch.compiler.is_compiling():
+        if why not in _warned and why != "asked for by name":
+            _warned.add(why)
+            warnings.warn(f"kdkernels runs in plain torch, slowly: {why}", stacklevel=4)
+
+
+_warned: set[str] = set()
+
+
+def _refusal(
+    backend: str, device: str, dtypes: tuple[torch.dtype, ...], on_devices: bool
+) -> str | None:
+    """Why a backend cannot serve tensors on this type of device, or None."""
+    if device not in ("cpu", "cuda"):
+        return f"it serves CPU and CUDA tensors, these are on {device}"
+    if backend == "cpp" and device == "cpu":
+        error = _ext.cpp_error()
+        return None if error is None else f"the C++ library does not load: {error}"
+    if not on_devices:
+        return "this op has no CUDA or Triton kernels yet"
+    error = _ext.cuda_error() if backend == "cpp" else _triton_error(device)
     if error is not None:
-        refusal = f"the C++ library does not load: {error}"
-    elif device.type != "cpu":
-        refusal = f"the C++ library serves CPU tensors, these are on {device}"
-    else:
-        return "cpp", "asked for by name" if backend else "CPU tensors and the C++ library is there"
-    if backend == "cpp":
-        raise RuntimeError(f"backend='cpp' cannot serve this call: {refusal}")
-    return "reference", refusal
+        return f"the CUDA library does not load: {error}" if backend == "cpp" else error
+    if torch.float64 in dtypes:
+        return "its kernels take no float64; accepted: float32, bfloat16, float16"
+    return None
 
 
-def define(schemas: dict[str, str], reference: ModuleType) -> None:
+@torch.compiler.assume_constant_result
+def _triton_error(device: str) -> str | None:
+    """Why Triton's kernels cannot run on tensors of this type of device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # runs kernels on both, in NumPy
+    import triton
+
+    try:
+        # Where its kernels run: a GPU, or the CPU under an emulating driver.
+        runs_on = triton.runtime.driver.active.get_active_torch_device().type
+    except (RuntimeError, AttributeError) as error:  # no driver, or a broken one
+        return f"Triton has no driver here: {error}"
+    if runs_on != device:
+        return f"Triton's active driver runs on {runs_on} tensors, these are on {device}"
+    return None
+
+
+def define(schemas: dict[str, str], reference: ModuleType, kernels: str | None = None) -> None:
     """Define an op's schemas, with its reference as the kernel of every device that has no other,
-    and as the fake kernel.
+    and as the fake kernel. ``kernels``: the module of its Triton kernels, imported on first use.
     """
     for name, schema in schemas.items():
         torch.library.define(f"kdkernels::{name}", schema)
         torch.library.impl(
             f"kdkernels::{name}", "CompositeExplicitAutograd", getattr(reference, name)
         )
+        if kernels is None:
+            continue
+        torch.library.define(f"kdkernels::{name}_triton", schema)
+        torch.library.impl(
+            f"kdkernels::{name}_triton", ("CPU", "CUDA"), functools.partial(_launch, kernels, name)
+        )
+        torch.library.register_fake(f"kdkernels::{name}_triton", getattr(reference, name))
 
 
-def implementation(name: str, reference: ModuleType) -> Any:
-    """The functions of a backend: the op's reference module, or the dispatched ops."""
-    return reference if name == "reference" else torch.ops.kdkernels
+def _launch(kernels: str, name: str, *args: Any) -> Any:
+    return getattr(importlib.import_module(kernels), name)(*args)
+
+
+def implementation(backend: str, op: str, reference: ModuleType) -> Callable:
+    """A backend's function for an op: the reference module's, or the dispatched op."""
+    if backend == "reference":
+        return getattr(reference, op)
+    return getattr(torch.ops.kdkernels, f"{op}_triton" if backend == "triton" else op)

@@ -12,7 +12,7 @@ Per row (one token), with p = softmax(student/τs), q = softmax(teacher/τt), L 
 
 The forward reads both rows once and keeps fourteen numbers a row (``reference.ROWS``); the backward
 reads them once more and writes the gradient with the upstream factor in it. ``reference.py`` is the
-same in plain torch, csrc/distillation_loss in C++.
+same in plain torch, ``triton_kernels.py`` in Triton, csrc/distillation_loss in C++.
 """
 
 import inspect
@@ -48,7 +48,7 @@ SCHEMAS = {
     "bool teacher_grad) -> (Tensor, Tensor, Tensor)",
     "scale_rows_": "(Tensor(a!) grad, Tensor factor) -> ()",
 }
-_backend.define(SCHEMAS, reference)
+_backend.define(SCHEMAS, reference, f"{__name__}.triton_kernels")
 
 # Where each option stands among what the ops take after the two logits.
 _PLACE = {argument.split()[-1]: place for place, argument in enumerate(_FORWARD.split(", ")[2:])}
@@ -134,8 +134,9 @@ def distillation_loss(
             reaches it: with float16 and a GradScaler use the default, or put the scale into the
             weights.
         return_stats: also return ``DistillationStats`` of the same sweep.
-        backend: None chooses (``kdkernels.explain``); "cpp" or "reference" serves the call or
-            raises.
+        backend: None chooses (``kdkernels.explain``); "cpp", "triton" or "reference" serves the
+            call or raises. On CUDA tensors None is the CUDA library, else Triton, else plain torch
+            with a warning; float64 is plain torch there.
 
     Returns:
         The loss, 0-d or of the leading shape under "none": float32, float64 where an input is. With
@@ -277,11 +278,18 @@ class DistillationLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def explain(student_logits: Tensor, backend: str | None = None) -> str:
-    """The backend that a call with these student logits would use, and why,
-    without running anything.
+def explain(
+    student_logits: Tensor, teacher_logits: Tensor | None = None, *, backend: str | None = None
+) -> str:
+    """The backend that a call with these logits would use, and why, without running anything.
+
+    Args:
+        student_logits: its device and dtype decide.
+        teacher_logits: its dtype decides too; default: like the student's.
+        backend: as in the call.
     """
-    name, why = _backend.choose(backend, student_logits.device)
+    dtypes = [x.dtype for x in (student_logits, teacher_logits) if x is not None]
+    name, why = _backend.choose(backend, student_logits.device, tuple(dtypes))
     return f"{name}: {why}"
 
 
@@ -327,7 +335,10 @@ def _prepare(
 ) -> _Call:
     """Checks every argument and turns it into what the ops take."""
     _check_logits(student_logits, teacher_logits, vocab_size)
-    chosen, _ = _backend.choose(backend, student_logits.device)
+    chosen, why = _backend.choose(
+        backend, student_logits.device, (student_logits.dtype, teacher_logits.dtype)
+    )
+    _backend.warn_of_reference(chosen, why, student_logits.device)
     leading, columns = student_logits.shape[:-1], student_logits.shape[-1]
     if vocab_size is None:
         vocab_size = columns
@@ -529,7 +540,7 @@ def label_error(row: int, label: int, ignore_index: int, vocab_size: int) -> str
 
 def _run(backend: str, op: str, *args: Any) -> Any:
     try:
-        return getattr(_backend.implementation(backend, reference), op)(*args)
+        return _backend.implementation(backend, op, reference)(*args)
     except RuntimeError as error:
         if "labels[" in str(error):  # the stable C++ interface knows no other exception
             raise IndexError(str(error)) from None

@@ -8,6 +8,8 @@ float32 (float64 where a row is float64). A row whose three scales are 0 is mask
 never looked at again.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -171,7 +173,7 @@ class _Row:
         if exclude:
             assert labels is not None
             self.at_label = _one_hot(labels, s) > 0
-            label_s, label_t = _take(s, labels), _take(t, labels)
+            label_s, label_t = take(s, labels), take(t, labels)
             s, t = (
                 s.masked_fill(self.at_label, -torch.inf),
                 t.masked_fill(self.at_label, -torch.inf),
@@ -190,7 +192,19 @@ class _Row:
         self.p, self.q = torch.exp(self.a), torch.exp(self.b)
 
 
-def _forward(
+class Plan(NamedTuple):
+    """What is known of the rows before their logits are read."""
+
+    lines: tuple[Tensor, ...]  # kd_scale … second of ROWS
+    kd_rows: Tensor  # rows that count in KD and z-loss
+    ce_rows: Tensor
+    read_student: Tensor  # rows whose logits are looked at
+    read_teacher: Tensor
+    t2: Tensor
+    has_unit: bool  # whether any row may need the student at temperature 1
+
+
+def plan(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
@@ -219,7 +233,8 @@ def _forward(
     vocab_size: int,
     reduction: str,
     return_stats: bool,
-):
+) -> Plan:
+    """Masks, normalisers and scales of the rows, and their parameters, NaN where out of range."""
     n, v = student.shape[0], vocab_size
     dtype = compute_dtype(student, teacher)
 
@@ -264,14 +279,34 @@ def _forward(
     ce_scale = scale(ce_weight, ce_weight_tensor, ce_rows, ce_divisor)
     z_scale = scale(z_loss_weight, z_loss_weight_tensor, kd_rows, kd_divisor)
 
+    stats = torch.full_like(counted, return_stats)
+    read_teacher = (kd_scale != 0) | (kd_rows & stats)
+    read_student = read_teacher | (ce_scale != 0) | (z_scale != 0) | (ce_rows & stats)
+    return Plan(
+        (kd_scale, ce_scale, z_scale, ts, tt, first_row, second_row),
+        kd_rows,
+        ce_rows,
+        read_student,
+        read_teacher,
+        t2,
+        (has_ce and (return_stats or ce_weight_tensor is not None or ce_weight != 0))
+        or z_loss_weight_tensor is not None
+        or z_loss_weight != 0,
+    )
+
+
+def _forward(student: Tensor, teacher: Tensor, labels: Tensor | None, *options):
+    dtype = compute_dtype(student, teacher)
+    divergence = options[1]
+    _, label_smoothing, _, _, vocab_size, reduction, return_stats = options[-7:]
+    v = vocab_size
+    rows_plan = plan(student, teacher, labels, *options)
+    kd_scale, ce_scale, z_scale, ts, tt, first_row, second_row = rows_plan.lines
+    kd_rows, ce_rows, t2 = rows_plan.kd_rows, rows_plan.ce_rows, rows_plan.t2
     # Only rows that count are read; the others are replaced so that no NaN or inf of theirs
     # goes anywhere.
-    read_student = ((kd_scale != 0) | (ce_scale != 0) | (z_scale != 0)) | (
-        (kd_rows | ce_rows) if return_stats else torch.zeros_like(counted)
-    )
-    read_teacher = (kd_scale != 0) | (kd_rows if return_stats else torch.zeros_like(counted))
-    s = torch.where(read_student[:, None], student[:, :v].to(dtype), 0.0)
-    t = torch.where(read_teacher[:, None], teacher[:, :v].to(dtype), 0.0)
+    s = torch.where(rows_plan.read_student[:, None], student[:, :v].to(dtype), 0.0)
+    t = torch.where(rows_plan.read_teacher[:, None], teacher[:, :v].to(dtype), 0.0)
 
     exclude = divergence == "dkd"
     row = _Row(s, t, ts, tt, labels, exclude)
@@ -288,7 +323,7 @@ def _forward(
     ce = torch.zeros_like(unit_lse)
     label_log_prob = ce
     if labels is not None:
-        label_logit = _take(s, labels)
+        label_logit = take(s, labels)
         label_log_prob = label_logit - row.student_max_all - unit_log_z
         mean_logit = (s - row.student_max_all[:, None]).sum(1) / v
         smooth = unit_log_z - mean_logit if label_smoothing else 0.0
@@ -397,7 +432,7 @@ def _zero_wins(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * x)
 
 
-def _take(x: Tensor, labels: Tensor) -> Tensor:
+def take(x: Tensor, labels: Tensor) -> Tensor:
     """x at each row's label, NaN where the label is no column
     (a masked row, or one out of range).
     """

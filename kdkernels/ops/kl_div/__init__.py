@@ -94,7 +94,10 @@ def kl_div(
                 "batch is reduction='batchmean'",
                 stacklevel=2,
             )
-    chosen, _ = _backend.choose(backend, input.device)
+    chosen, why = _backend.choose(
+        backend, input.device, (input.dtype, target.dtype), on_devices=False
+    )
+    _backend.warn_of_reference(chosen, why, input.device)
 
     # As in PyTorch: a () operand does not decide the dtype; autocast runs kl_div in float32.
     dtype = torch.promote_types(input.dtype, target.dtype)
@@ -111,7 +114,7 @@ def kl_div(
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         loss = _KLDiv.apply(input, target, chosen, op, log_target)
     else:
-        loss = getattr(_backend.implementation(chosen, reference), op)(input, target, log_target)
+        loss = _backend.implementation(chosen, op, reference)(input, target, log_target)
     if over_elements == "mean":
         loss = loss / input.numel()
     if reduction == "batchmean":
@@ -154,13 +157,13 @@ class _KLDiv(torch.autograd.Function):
     def forward(ctx, input, target, backend, op, log_target):
         ctx.save_for_backward(input, target)
         ctx.backend, ctx.log_target = backend, log_target
-        return getattr(_backend.implementation(backend, reference), op)(input, target, log_target)
+        return _backend.implementation(backend, op, reference)(input, target, log_target)
 
     @staticmethod
     def backward(ctx, grad):
         input, target = ctx.saved_tensors
         with torch.no_grad():
-            grads = _backend.implementation(ctx.backend, reference).kl_div_backward(
+            grads = _backend.implementation(ctx.backend, "kl_div_backward", reference)(
                 grad.expand(input.shape), input, target, ctx.log_target, *ctx.needs_input_grad[:2]
             )
         return *no_double_backward(ctx, grads, grad, input, target), None, None, None

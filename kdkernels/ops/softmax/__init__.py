@@ -7,7 +7,7 @@ Per row, with L = log Σ exp(x/τ):
 
 where g is the upstream gradient. The backward needs the output alone, which is what is saved, as
 PyTorch does.
-``reference.py`` is the same in plain torch, csrc/softmax in C++.
+``reference.py`` is the same in plain torch, ``triton_kernels.py`` in Triton, csrc/softmax in C++.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ SCHEMAS = {
     "softmax_backward": "(Tensor grad, Tensor output, float temperature, "
     "Tensor? temperature_tensor, bool log) -> Tensor",
 }
-_backend.define(SCHEMAS, reference)
+_backend.define(SCHEMAS, reference, f"{__name__}.triton_kernels")
 
 
 def softmax(x: Tensor, *, temperature: Parameter = 1.0, backend: str | None = None) -> Tensor:
@@ -36,7 +36,7 @@ def softmax(x: Tensor, *, temperature: Parameter = 1.0, backend: str | None = No
             all) and row stride.
         temperature: τ > 0: a float, a 0-d tensor, or one value a row (leading shape),
             without gradient.
-        backend: None chooses; "cpp" or "reference" serves the call or raises.
+        backend: None chooses; "cpp", "triton" or "reference" serves the call or raises.
 
     Returns:
         The shape and dtype of x, with one rounding from float32 (float64 for float64);
@@ -92,21 +92,22 @@ def _call(x: Tensor, temperature: Parameter, backend: str | None, log: bool) -> 
     check_floats("x", x)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; accepted: (..., V) with V >= 1")
-    chosen, _ = _backend.choose(backend, x.device)
+    chosen, why = _backend.choose(backend, x.device, (x.dtype,))
+    _backend.warn_of_reference(chosen, why, x.device)
     compute = torch.promote_types(x.dtype, torch.float32)
     pair = option_pair("temperature", temperature, x.shape[:-1], x.device, compute, positive=True)
     rows = two_dimensional(x, x.shape[-1])
     if torch.is_grad_enabled() and x.requires_grad:
         y = _Softmax.apply(rows, chosen, *pair, log)
     else:
-        y = _backend.implementation(chosen, reference).softmax(rows, *pair, log)
+        y = _backend.implementation(chosen, "softmax", reference)(rows, *pair, log)
     return y.reshape(x.shape)
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, backend, temperature, temperature_tensor, log):
-        y = _backend.implementation(backend, reference).softmax(
+        y = _backend.implementation(backend, "softmax", reference)(
             x, temperature, temperature_tensor, log
         )
         ctx.save_for_backward(y, temperature_tensor)
@@ -117,7 +118,7 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx, grad):
         y, temperature_tensor = ctx.saved_tensors
         with torch.no_grad():
-            x_grad = _backend.implementation(ctx.backend, reference).softmax_backward(
+            x_grad = _backend.implementation(ctx.backend, "softmax_backward", reference)(
                 two_dimensional(grad, grad.shape[1]),
                 y,
                 ctx.temperature,
