@@ -32,13 +32,12 @@ from torch import Tensor
 
 import kdkernels
 
-from . import gpu_checks, report, run
+from . import gpu_checks, report, roofline, run
 from .cases import CONTESTANTS, GPU, GPU_QUICK, TEMPERATURE, Case, Inputs, Step, make_inputs
 
 # Seconds. Together with starting and plotting under eight minutes.
 CHECKS, TIMINGS = 240, 200
 BACKENDS = ("cpp", "triton")
-PREDICTIONS = run.ROOT / "benchmarks" / "results" / "roofline.json"
 BUSY_CYCLES = 4_000_000  # about 2 ms, in which the host queues a call
 
 parser = argparse.ArgumentParser(
@@ -241,14 +240,38 @@ def _version(package: str) -> str | None:
         return None
 
 
-def predictions(card: str, path: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """(case, contestant) to what python -m benchmarks.roofline predicted for this card."""
-    if not path.exists():
+# The calls that a contestant makes, by the names of roofline's counts.
+CALLS = {"fresh": ("forward", "backward"), "one pass": ("one pass",), "in place": ("one pass",)}
+
+
+def predictions(case: Case, gpu: str) -> dict[str, dict[str, float]]:
+    """Contestant to the milliseconds that python -m benchmarks.roofline predicts on this GPU from
+    its stored counts, with the model's error bar; those counts are of bfloat16 logits.
+    """
+    # The longest name that fits: "H100 PCIe" is no "H100".
+    card = max((name for name in roofline.CARDS if name in gpu), key=len, default=None)
+    if card is None or case.dtype != "bfloat16":
         return {}
-    entries = json.loads(path.read_text())["predictions"]
-    # The longest name: "H100 PCIe" is no "H100".
-    cards = sorted({e["card"] for e in entries if e["card"] in card}, key=len)
-    return {(e["case"], e["contestant"]): e for e in entries if cards and e["card"] == cards[-1]}
+    calibration = json.loads(roofline.CALIBRATION.read_text())
+    parameters, bar = roofline.stored_parameters(calibration), roofline.error_bar(calibration)
+    works, arch = roofline.Counts().works, roofline.CARDS[card].arch
+    found = {}
+    for name in case.contestants:
+        contestant = CONTESTANTS[name]
+        if contestant.backend is None:
+            continue
+        keys = [
+            roofline.our_key(
+                contestant.backend, case.divergence, {"mode": call, "columns": case.vocab}, arch
+            )
+            for call in CALLS[name.split(", ")[1]]
+        ]
+        if all(key in works for key in keys):
+            calls = [works[key].scaled(case.rows / roofline.ROWS) for key in keys]
+            cost = [roofline.predict(call, roofline.CARDS[card], parameters) for call in calls]
+            ms = 1e3 * sum(prediction.seconds for prediction in cost)
+            found[name] = {"ms": ms, "low": ms / bar, "high": ms * bar}
+    return found
 
 
 def refusal() -> str | None:
@@ -322,9 +345,8 @@ def measure_all(
     results["busy_ms"] = clock.busy_seconds() * 1e3
     results["copy_gb_per_s"] = device_copy(clock) / 1e9
     print(f"\ndevice copy: {results['copy_gb_per_s']:.0f} GB/s read and written")
-    predicted = predictions(results["machine"]["gpu"]["name"], PREDICTIONS)
-    if not predicted:
-        print(f"no predictions for this card in {PREDICTIONS}")
+    if not any(predictions(case, results["machine"]["gpu"]["name"]) for case in cases):
+        print("python -m benchmarks.roofline has no prediction of these cases on this GPU")
     deadline = run.Deadline(TIMINGS)
     for case in cases:
         print(flush=True)
@@ -339,9 +361,9 @@ def measure_all(
             results["failed"].append(str(failure))
             print(f"FAILED, not timed: {case.name}: {failure}")
             continue
-        for name, contestant in result["contestants"].items():
-            if expected := predicted.get((case.name, name)):
-                contestant["predicted_ms"] = {k: expected[k] for k in ("low", "ms", "high")}
+        for name, expected in predictions(case, results["machine"]["gpu"]["name"]).items():
+            if name in result["contestants"]:
+                result["contestants"][name]["predicted_ms"] = expected
         results["cases"].append(result)
         run.save(results, table)
         print(report.gpu_table(result, results))

@@ -39,8 +39,6 @@ inline CudaStream stream_of(const Tensor& tensor) {
   return static_cast<CudaStream>(stream);
 }
 
-inline void check(const CudaStatus& status) {
-  STD_TORCH_CHECK(status.code == 0, "kdkernels: CUDA error ", status.code, ": ", status.text);
-}
+inline void check(const CudaStatus& status) { STD_TORCH_CHECK(status.code == 0, status.text); }
 
 }  // namespace kd

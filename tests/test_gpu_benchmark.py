@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cases, gpu, gpu_checks, report, run
+from benchmarks import cases, gpu, gpu_checks, report, roofline_model, run
 from kdkernels.divergences import DIVERGENCES
 
 CASE = cases.Case("jsd", "bfloat16", 6, 200, ("cpp, fresh", "cpp, in place", "eager", "torch.add"))
@@ -65,7 +65,6 @@ def host(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_checks, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_checks, "SHAPES", ((5, 33),))
     monkeypatch.setattr(gpu_checks, "groups", lambda: GROUPS)
-    monkeypatch.setattr(gpu, "PREDICTIONS", tmp_path / "roofline.json")
     out = tmp_path / "out" / "gpu"
 
     def start(*arguments):
@@ -93,10 +92,8 @@ def test_a_gpu_that_no_backend_serves_is_refused_with_every_reason(monkeypatch, 
 
 
 def test_one_command_checks_times_and_writes(host, monkeypatch, capsys):
-    prediction = {"card": "H100", "case": CASE.name, "contestant": "cpp, fresh"}
-    prediction |= {"ms": 0.25, "low": 0.2, "high": 0.3}
-    other = {**prediction, "card": "A100", "ms": 99}
-    gpu.PREDICTIONS.write_text(json.dumps({"predictions": [other, prediction]}))
+    predicted = {CASE.name: {"cpp, fresh": {"low": 0.2, "ms": 0.25, "high": 0.3}}}
+    monkeypatch.setattr(gpu, "predictions", lambda case, _: predicted.get(case.name, {}))
     status, results, png = host()
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -259,17 +256,27 @@ def test_ties_of_total_variation_are_allowed_for_and_nothing_else():
     assert gpu_checks._ties(student, far, 2.0, 2.0).item() == 0
 
 
-def test_predictions_are_of_this_card_alone(tmp_path):
-    path = tmp_path / "roofline.json"
-    assert gpu.predictions("NVIDIA H100 PCIe", path) == {}
-    entries = [
-        {"card": card, "case": "c", "contestant": "cpp, fresh", "ms": ms, "low": 0, "high": 9}
-        for card, ms in (("H100", 1), ("H100 PCIe", 2), ("B200", 3))
-    ]
-    path.write_text(json.dumps({"predictions": entries}))
-    assert gpu.predictions("NVIDIA H100 PCIe", path)["c", "cpp, fresh"]["ms"] == 2
-    assert gpu.predictions("NVIDIA H100 80GB HBM3", path)["c", "cpp, fresh"]["ms"] == 1
-    assert gpu.predictions("NVIDIA T4", path) == {}
+def test_predictions_are_made_of_the_stored_counts(monkeypatch):
+    """A card at its full bandwidth, launches that cost nothing: bytes over bandwidth."""
+    launch = roofline_model.Launch("k", True, requested=4e6, unique=4e6)
+    works = {
+        "ours|cpp|jsd|forward|200|90": roofline_model.Work((launch,)),
+        "ours|cpp|jsd|backward|200|90": roofline_model.Work((launch.scaled(1.5),)),
+        "ours|triton|jsd|one pass|200|90": roofline_model.Work((launch,)),
+    }
+    monkeypatch.setattr(gpu.roofline, "Counts", lambda: SimpleNamespace(works=works))
+    monkeypatch.setattr(
+        gpu.roofline, "stored_parameters", lambda _: roofline_model.Parameters((("H100", 1.0),))
+    )
+    monkeypatch.setattr(gpu.roofline, "error_bar", lambda _: 1.25)
+    case = replace(CASE, contestants=("cpp, fresh", "cpp, one pass", "triton, in place", "eager"))
+    found = gpu.predictions(case, GPU["name"])
+    rows = case.rows / gpu.roofline.ROWS
+    assert found.keys() == {"cpp, fresh", "triton, in place"}
+    assert found["cpp, fresh"]["ms"] == pytest.approx(rows * 10e6 / 3.35e12 * 1e3)
+    assert found["triton, in place"]["high"] == pytest.approx(1.25 * rows * 4e6 / 3.35e12 * 1e3)
+    assert gpu.predictions(replace(case, dtype="float32"), GPU["name"]) == {}
+    assert gpu.predictions(case, "NVIDIA T4") == {}
 
 
 def test_times_that_hold_waits_for_the_host_are_marked():
