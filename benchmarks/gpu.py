@@ -6,7 +6,8 @@ On a machine without a network that has torch, Triton, g++ and nvcc:
     KDKERNELS_CUDA=1 pip install --no-build-isolation --no-deps -e .
     python -m benchmarks.gpu
 
-or, without installing, ``KDKERNELS_CUDA=1 python setup.py build_ext --inplace`` in place of pip.
+or, without installing, ``KDKERNELS_CUDA=1 python setup.py build_ext --inplace`` in place of pip;
+both need setuptools 77 or newer.
 ``TORCH_CUDA_ARCH_LIST=9.0`` builds for one architecture, in a fraction of the time. Without nvcc
 leave the build out: Triton's kernels need none, and what is missing is said.
 

@@ -35,7 +35,8 @@ inline void refuse_float64(const Tensor& tensor, const char* name) {
 // PyTorch's current stream on the tensor's device.
 inline CudaStream stream_of(const Tensor& tensor) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream) == 0,
+                  "kdkernels: torch does not tell the current CUDA stream");
   return static_cast<CudaStream>(stream);
 }
 

@@ -134,3 +134,16 @@ def test_without_nvcc_it_is_refused_in_plain_words(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
     assert device_code.main(["--check", "--arch", "90"]) == 2
     assert "cannot compile here: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        "triton",
+        pytest.param("cuda", marks=pytest.mark.xfail(reason="about 200 accesses", strict=True)),
+    ],
+)
+def test_nothing_spills(compiler):
+    rows = device_code.parse(device_code.TABLE.read_text()).values()
+    rows = [row for row in rows if row.source.startswith(compiler)]
+    assert rows and not [row.key for row in rows if row.spills]
