@@ -15,7 +15,7 @@
 
 namespace kd {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kSlot = 8;        // columns
 constexpr int kMaxBlocks = 32;  // a row: a warp combines their results with one lane each
 
@@ -47,7 +47,7 @@ struct Workspace {
 // Rows of 16-bit numbers, or of floats in two planes, so that a warp's 16-byte accesses to
 // consecutive slots have no bank conflict.
 struct Area {
-  char* data;
+  int data;   // bytes from the beginning of the block's dynamic shared memory
   int plane;  // bytes from the first half of a float slot to the second; 0 for 16-bit
 };
 
@@ -59,6 +59,8 @@ __host__ __device__ inline int area_bytes(int slots, int64_t size) {
 
 #if defined(__CUDACC__)
 namespace {
+
+extern __shared__ __align__(16) char shared_memory[];
 
 // ---- numbers ----
 
@@ -92,21 +94,20 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kSlot], Dtype dtype) {
 }
 
 __device__ __forceinline__ uint4& chunk(const Area& area, int j) {
-  char* at = area.plane == 0 ? area.data + j * 16
-                             : area.data + (j & 1) * area.plane + (j >> 1) * 16;
-  return *reinterpret_cast<uint4*>(at);
+  int at = area.plane == 0 ? j * 16 : (j & 1) * area.plane + (j >> 1) * 16;
+  return *reinterpret_cast<uint4*>(shared_memory + area.data + at);
 }
 
 __device__ __forceinline__ void load_floats(const Area& area, int slot, float (&x)[kSlot]) {
-  float4 a = *reinterpret_cast<const float4*>(area.data + slot * 16);
-  float4 b = *reinterpret_cast<const float4*>(area.data + area.plane + slot * 16);
+  float4 a = *reinterpret_cast<const float4*>(shared_memory + area.data + slot * 16);
+  float4 b = *reinterpret_cast<const float4*>(shared_memory + area.data + area.plane + slot * 16);
   x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
   x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
 }
 
 __device__ __forceinline__ void store_floats(const Area& area, int slot, const float (&x)[kSlot]) {
-  *reinterpret_cast<float4*>(area.data + slot * 16) = make_float4(x[0], x[1], x[2], x[3]);
-  *reinterpret_cast<float4*>(area.data + area.plane + slot * 16) =
+  *reinterpret_cast<float4*>(shared_memory + area.data + slot * 16) = make_float4(x[0], x[1], x[2], x[3]);
+  *reinterpret_cast<float4*>(shared_memory + area.data + area.plane + slot * 16) =
       make_float4(x[4], x[5], x[6], x[7]);
 }
 
@@ -115,7 +116,7 @@ __device__ __forceinline__ void load_slot(const Area& area, int slot, Dtype dtyp
   if (dtype == Dtype::float32) {
     load_floats(area, slot, x);
   } else {
-    unpack(*reinterpret_cast<const uint4*>(area.data + slot * 16), dtype, x);
+    unpack(*reinterpret_cast<const uint4*>(shared_memory + area.data + slot * 16), dtype, x);
   }
 }
 
@@ -124,7 +125,7 @@ __device__ __forceinline__ void store_slot(const Area& area, int slot, Dtype dty
   if (dtype == Dtype::float32) {
     store_floats(area, slot, x);
   } else {
-    *reinterpret_cast<uint4*>(area.data + slot * 16) = pack(x, dtype);
+    *reinterpret_cast<uint4*>(shared_memory + area.data + slot * 16) = pack(x, dtype);
   }
 }
 
@@ -234,10 +235,22 @@ struct Mailbox {
   alignas(8) char blocks[2][8][kMessage];  // written by the others of a cluster
 };
 
-struct Team {
+// The threads of a team in one block.
+struct Crew {
   Split split;
-  int blocks, rank;    // blocks a row, and which of them this is
-  int thread, threads;  // of this block, or this warp
+  int thread, threads;
+
+  __device__ __forceinline__ void sync() const {
+    if (split == Split::warps) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+};
+
+struct Team : Crew {
+  int blocks, rank;  // blocks a row, and which of them this is
   int lane;
   int64_t first_row, stride;  // rows first_row, first_row + stride, …
   Mailbox* mailbox;
@@ -245,7 +258,8 @@ struct Team {
   unsigned reductions = 0, exchanges = 0;
 
   __device__ Team(const Plan& plan, Mailbox* mailbox, Workspace* workspace)
-      : split(plan.split), blocks(plan.blocks), mailbox(mailbox), workspace(workspace) {
+      : blocks(plan.blocks), mailbox(mailbox), workspace(workspace) {
+    split = plan.split;
     lane = threadIdx.x % 32;
     bool warps = split == Split::warps;
     thread = warps ? lane : threadIdx.x;
@@ -255,15 +269,6 @@ struct Team {
     stride = plan.teams;
     // Nobody writes into a block that has not started.
     if (split == Split::cluster) cluster_barrier();
-  }
-
-  // Of the team's threads in this block.
-  __device__ __forceinline__ void sync() const {
-    if (split == Split::warps) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
   }
 
   // A P has `across(width)`, which combines those of `width` neighbouring lanes in every lane, bit
@@ -351,9 +356,12 @@ struct Piece {
   __device__ __forceinline__ char* at(int j) const { return data - shift() + j * 16; }
 };
 
+// Calls, not inlined: they happen once a tile, and their addresses would be held in registers through
+// every sweep.
+
 // Copies a piece as it lies, chunk by aligned chunk; columns of its last slots behind its end are
 // −inf. To be followed by wait_for_copies, a sync and `straighten`.
-__device__ __forceinline__ void fetch(const Team& team, const Area& area, const Piece& piece) {
+__device__ __noinline__ void fetch(Crew team, Area area, Piece piece) {
   int slots = (piece.n + kSlot - 1) / kSlot;
   int chunks = slots * (piece.size() / 2) + (piece.shift() != 0);
 #pragma unroll 1
@@ -385,8 +393,7 @@ __device__ __forceinline__ void fetch(const Team& team, const Area& area, const 
 }
 
 // Moves a fetched piece that starts in the middle of a chunk to where its slots belong.
-__device__ __forceinline__ void straighten(const Team& team, const Area& area,
-                                           const Piece& piece) {
+__device__ __noinline__ void straighten(Crew team, Area area, Piece piece) {
   int shift = piece.shift();
   if (shift == 0) return;
   int slots = (piece.n + kSlot - 1) / kSlot;
@@ -430,7 +437,7 @@ __device__ __forceinline__ void store_part(const Piece& to, int j, uint4 v) {
 
 // Writes the slots of an area to a piece: 16 bytes wide but for its ends. Everyone must have stored
 // his slots (a sync before).
-__device__ __forceinline__ void put(const Team& team, const Area& area, const Piece& to) {
+__device__ __noinline__ void put(Crew team, Area area, Piece to) {
   int shift = to.shift(), chunks = to.chunks();
   int filled = (to.n + kSlot - 1) / kSlot * (to.size() / 2);
 #pragma unroll 1
@@ -448,16 +455,16 @@ __device__ __forceinline__ void put(const Team& team, const Area& area, const Pi
   }
 }
 
-// Columns [from, columns) of a row, shared out over the team's blocks.
-__device__ __forceinline__ void put_zeros(const Team& team, const Matrix& matrix, int64_t row,
-                                          int64_t from) {
+// Columns [from, columns) of a row, every `blocks`-th part of them.
+__device__ __noinline__ void put_zeros(Crew team, int rank, int blocks, Matrix matrix, int64_t row,
+                                       int64_t from) {
   constexpr int64_t most = 1 << 28;  // a piece's own arithmetic is in 32 bits
   for (int64_t start = from; start < matrix.columns; start += most) {
     int n = static_cast<int>(min(most, matrix.columns - start));
     Piece to{matrix.row(row) + start * size_of(matrix.dtype), matrix.dtype, n};
-    int step = team.threads * team.blocks, chunks = to.chunks();
+    int step = team.threads * blocks, chunks = to.chunks();
 #pragma unroll 1
-    for (int j = team.rank * team.threads + team.thread; j < chunks; j += step) {
+    for (int j = rank * team.threads + team.thread; j < chunks; j += step) {
       if (to.whole(j)) {
         *reinterpret_cast<uint4*>(to.at(j)) = make_uint4(0, 0, 0, 0);
       } else {
@@ -499,7 +506,7 @@ struct Share {
 
 // Shared memory handed out from its beginning.
 struct Memory {
-  char* next;
+  int next;
   __device__ Area raw(const Matrix& m, int slots) {
     int size = static_cast<int>(size_of(m.dtype));
     Area area{next, size == 4 ? plane_bytes(slots + 1) : 0};

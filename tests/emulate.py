@@ -342,6 +342,15 @@ def installed(arch: str = "sm_90", root: pathlib.Path = ROOT):
         yield implementation
 
 
+@contextlib.contextmanager
+def recorded(check=True):
+    """ptxrun's record of what runs inside."""
+    import ptxrun
+
+    with ptxrun.recording(check=check) as record:
+        yield record
+
+
 def cuda(op, *args, arch="sm_90", check=True, root=ROOT, **options):
     """(what op returns, ptxrun's record). `op` may be any function that calls ops, a backward
     included.

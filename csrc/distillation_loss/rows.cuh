@@ -149,6 +149,15 @@ constexpr bool has_ends<TotalVariation> = false;
 template <>
 constexpr bool has_ends<AlphaBeta> = false;
 
+// The same object, of which the compiler knows nothing: it would compute addresses of twenty lines
+// and a dozen options once for all rows, and hold them in registers through every sweep.
+template <class T>
+__device__ __forceinline__ const T& opaque(const T& x) {
+  const T* at = &x;
+  asm volatile("" : "+l"(at));
+  return *at;
+}
+
 template <class D>
 struct RowKernel : Share {
   const Call& call;
@@ -199,8 +208,8 @@ struct RowKernel : Share {
     bool wants_student = p.student_grad.data != nullptr;
     bool wants_teacher = p.teacher_grad.data != nullptr;
     if (!row.reads_teacher && !row.reads_unit) {
-      if (wants_student) put_zeros(team, p.student_grad, i, 0);
-      if (wants_teacher) put_zeros(team, p.teacher_grad, i, 0);
+      if (wants_student) put_zeros(team, team.rank, team.blocks, p.student_grad, i, 0);
+      if (wants_teacher) put_zeros(team, team.rank, team.blocks, p.teacher_grad, i, 0);
       return;
     }
     bool is_staged = false;
@@ -228,13 +237,14 @@ struct RowKernel : Share {
       if (team.thread == 0) finish(all);
       team.sync();
     }
-    if (wants_student) put_zeros(team, p.student_grad, i, p.vocab);
-    if (wants_teacher) put_zeros(team, p.teacher_grad, i, p.vocab);
+    if (wants_student) put_zeros(team, team.rank, team.blocks, p.student_grad, i, p.vocab);
+    if (wants_teacher) put_zeros(team, team.rank, team.blocks, p.teacher_grad, i, p.vocab);
   }
 
   // ---- scalars: the first thread ----
 
   __device__ void begin(Divisors divisors) {
+    const Problem<float>& p = opaque(this->p);
     int64_t label = p.labels ? p.labels[i] : -1;
     bool inside = label >= 0 && label < p.vocab;
     row.label = inside ? static_cast<int>(label) : -1;
@@ -286,6 +296,7 @@ struct RowKernel : Share {
 
   // What forward left for backward.
   __device__ void restore() {
+    const Problem<float>& p = opaque(this->p);
     row.upstream = p.upstream[i * p.upstream_stride];
     row.student.restore(p.line(kStudentMax, i), p.line(kStudentLogZ, i));
     row.teacher.restore(p.line(kTeacherMax, i), p.line(kTeacherLogZ, i));
@@ -313,6 +324,7 @@ struct RowKernel : Share {
   }
 
   __device__ void write_lines() const {
+    const Problem<float>& p = opaque(this->p);
     const RowOptions<float>& o = row.options;
     const float values[kLines] = {
         row.student.anchor,
@@ -372,6 +384,7 @@ struct RowKernel : Share {
 
   // After step 2: D, ΣG and what the row leaves.
   __device__ void finish(Sums sums) {
+    const Problem<float>& p = opaque(this->p);
     const RowOptions<float>& o = row.options;
     float kd = 0;
     if (row.reads_teacher && !row.is_empty) {
@@ -776,8 +789,7 @@ __device__ __forceinline__ void add_up(const Call& call, Team& team, bool* last)
 }
 
 template <class D>
-__global__ void __launch_bounds__(kThreads, 2) distillation_rows(const __grid_constant__ Call call) {
-  extern __shared__ __align__(16) char memory[];
+__global__ void __launch_bounds__(kThreads, 3) distillation_rows(const __grid_constant__ Call call) {
   __shared__ Mailbox mailbox;
   __shared__ Row rows[kWarps];
   __shared__ bool last;
@@ -786,7 +798,7 @@ __global__ void __launch_bounds__(kThreads, 2) distillation_rows(const __grid_co
   int bytes = call.plan.shared_bytes / (call.plan.split == Split::warps ? kWarps : 1);
   Divisors divisors{1, 1};
   if (!call.backward) divisors = normalisers(call.problem, team);
-  RowKernel<D> kernel(call, team, rows[warp], Memory{memory + warp * bytes});
+  RowKernel<D> kernel(call, team, rows[warp], Memory{warp * bytes});
   for (int64_t i = team.first_row; i < call.problem.n; i += team.stride) {
     kernel.run(i, divisors);
     team.sync();  // nobody is still reading what the next row overwrites

@@ -75,14 +75,13 @@ __device__ float checked(float temperature) {
   return temperature > 0 ? temperature : not_a_number<float>();
 }
 
-__global__ void __launch_bounds__(kThreads, 3) softmax_rows(const __grid_constant__ Call call) {
-  extern __shared__ __align__(16) char memory[];
+__global__ void __launch_bounds__(kThreads, 4) softmax_rows(const __grid_constant__ Call call) {
   __shared__ Mailbox mailbox;
   const Problem<float>& p = call.problem;
   const Plan& plan = call.plan;
   Team team(plan, &mailbox, nullptr);
   bool warps = plan.split == Split::warps;
-  Memory own{memory + (warps ? threadIdx.x / 32 * (plan.shared_bytes / kWarps) : 0)};
+  Memory own{warps ? static_cast<int>(threadIdx.x / 32) * (plan.shared_bytes / kWarps) : 0};
   Area area = own.raw(p.x, plan.tile), kept = own.floats(plan.tile);
   Share share(plan, team, p.x.columns);
   for (share.i = team.first_row; share.i < call.n; share.i += team.stride) {
@@ -169,15 +168,14 @@ __global__ void __launch_bounds__(kThreads, 3) softmax_rows(const __grid_constan
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 4)
     softmax_backward_rows(const __grid_constant__ Call call) {
-  extern __shared__ __align__(16) char memory[];
   __shared__ Mailbox mailbox;
   const Problem<float>& p = call.problem;
   const Plan& plan = call.plan;
   Team team(plan, &mailbox, nullptr);
   bool warps = plan.split == Split::warps;
-  Memory own{memory + (warps ? threadIdx.x / 32 * (plan.shared_bytes / kWarps) : 0)};
+  Memory own{warps ? static_cast<int>(threadIdx.x / 32) * (plan.shared_bytes / kWarps) : 0};
   Area upstream = own.raw(p.x, plan.tile), output = own.raw(p.output, plan.tile);
   Share share(plan, team, p.x.columns);
   auto stage = [&](int tile, bool again) {
