@@ -19,7 +19,9 @@ def evaluate(a, b, out, first, second, log_b, n, TERM: tl.constexpr, MIXES: tl.c
     x = tl.load(a + i, mask=i < n, other=0.0)
     y = tl.load(b + i, mask=i < n, other=0.0)
     p, q, e = divergences_triton.probabilities(x * log2_e, y * log2_e, MIXES)
-    phi, g, h = TERM(x, y, p, q, e, first, second, log_b, True)
+    phi, g, h = TERM(
+        x * log2_e, y * log2_e, p, q, e, first, second, log_b * log2_e, True
+    )
     tl.store(out + i, phi + tl.zeros((128,), tl.float32), mask=i < n)
     tl.store(out + n + i, g, mask=i < n)
     tl.store(out + 2 * n + i, h, mask=i < n)
@@ -48,8 +50,7 @@ def test_agrees_with_the_torch_term(name, parameters, triton_runs):
         evaluate[(1,)](
             a, b, out, first, second, log_b, len(a), TERM=term.function, MIXES=term.mixes
         )
-    wide = [x.double() for x in (a, b, a.exp(), b.exp())]
-    wide[2:] = [x.exp() for x in wide[:2]]
+    wide = [a.double(), b.double(), a.double().exp(), b.double().exp()]
     parameters_64 = [torch.tensor(x, dtype=torch.float64) for x in (first, second)]
     want = list(TERMS[name](*wide, *parameters_64))
     if name == "renyi" and first != 1:

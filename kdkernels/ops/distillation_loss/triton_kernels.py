@@ -213,7 +213,7 @@ def extended(state, s, t, column, counted_here, cs, ct, first, second, KIND: tl.
     if KIND & POWERS:
         pk += tl.sum(tl.exp2(x * (first + second)), 1)
         qk += tl.sum(tl.exp2(y * (first + second)), 1)
-        mixed += tl.sum(tl.exp2(first * y + second * x), 1)
+        mixed += tl.sum(tl.exp2(tl.fma(y, first, second * x)), 1)
     if KIND & UNIT:
         unit += tl.sum(tl.exp2(below_s * LOG2_E), 1)
     if KIND & SMOOTHING:
@@ -346,7 +346,7 @@ def summed(
     a = (s - student_max) * cs - student_log_z
     b = (t - teacher_max) * ct - teacher_log_z
     p, q, e = probabilities(a, b, MIXES)
-    phi, g, _ = TERM(a * LN_2, b * LN_2, p, q, e, first, second, 0.0, HARDWARE)
+    phi, g, _ = TERM(a, b, p, q, e, first, second, 0.0, HARDWARE)
     return phi_sum + tl.sum(phi, 1), g_sum + tl.sum(g, 1)
 
 
@@ -587,7 +587,7 @@ def gradient_tile(
     a = (s - student_max) * cs - student_log_z
     b = (t - teacher_max) * ct - teacher_log_z
     p, q, e = probabilities(a, b, MIXES)
-    _, g, h = TERM(a * LN_2, b * LN_2, p, q, e, first, second, log_b, HARDWARE)
+    _, g, h = TERM(a, b, p, q, e, first, second, log_b, HARDWARE)
     if EXCLUDES:
         g = tl.where(column == label, label_g, factor * g)
         h = tl.where(column == label, label_h, factor * h)
@@ -663,10 +663,10 @@ def _gradient(
     sum_g = tl.load(rows + SUM_G * n + i)
     cs = LOG2_E / temperature
     ct = LOG2_E / teacher_temperature
-    log_b = sum_g
+    log_b = sum_g * LOG2_E
     sum_h = d - sum_g
     if NAME == "reverse_kl":
-        sum_h = 0.0 * sum_h  # Σq − Σp; NaN stays
+        sum_h = tl.zeros((), tl.float32)  # Σq − Σp
     elif NAME == "ab":
         sum_h = (first + second) * d - sum_g
     elif NAME == "renyi":
