@@ -81,8 +81,10 @@ def test_the_gradient_keeps_its_digits_near_certainty(triton_runs):
     leaf = x.clone().requires_grad_()
     with triton_runs():
         (got,) = torch.autograd.grad(ours(leaf, False), leaf, upstream)
-        leaf_64 = x.double().requires_grad_()
-    (want,) = torch.autograd.grad(leaf_64.softmax(-1), leaf_64, upstream.double())
+    leaf_64 = x.double().requires_grad_()
+    # Only differences of the upstream gradient matter, and even float64 loses some at 1e4.
+    from_there = upstream.double() - upstream[:, 8500:8501].double()
+    (want,) = torch.autograd.grad(leaf_64.softmax(-1), leaf_64, from_there)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-18)
 
 
