@@ -49,7 +49,8 @@ class CheckFailed(Exception):
 
 def available() -> dict[str, str | None]:
     """Every contestant: None, or why it cannot run here."""
-    missing = {name: reason for name, here, reason in _backend.backends() if not here}
+    backends = [(name.removesuffix(" (CPU)"), *rest) for name, *rest in _backend.backends()]
+    missing = {name: reason for name, here, reason in backends if not here}
     return {name: missing.get(c.backend) if c.backend else None for name, c in CONTESTANTS.items()}
 
 

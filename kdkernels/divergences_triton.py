@@ -1,8 +1,8 @@
 """The divergences as Triton functions: the formulas of kdkernels/divergences.py, one each.
 
 A term takes a = log2 p and b = log2 q of a tile, p and q, e = expm1(−|log(p/q)|), the row's
-parameters and, for Rényi, log2 B; it returns φ, G and H. Kernels get it as a ``tl.constexpr``, and what they do
-not use of it costs nothing: a new divergence is one function and one line of TERMS.
+parameters and, for Rényi, log2 B; it returns φ, G and H. Kernels get it as a ``tl.constexpr``, and
+what they do not use of it costs nothing: a new divergence is one function and one line of TERMS.
 
 Parameters are values of a row, so that the ends of their ranges (jsd β = 0, alpha = 1, …), where a
 family is one of the KLs, are chosen per row by ``tl.where``.

@@ -170,7 +170,5 @@ def test_compiles_for_amd(name):
         else:
             signature[argument] = {"labels": "*i64", "smoothing": "fp32"}.get(argument, "i32")
     source = ASTSource(kernel, signature, constexprs=constants)
-    made = triton.compile(
-        source, target=GPUTarget("hip", "gfx942", 64), options=dict(num_warps=4)
-    )
+    made = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=dict(num_warps=4))
     assert "gfx942" in made.asm["amdgcn"]

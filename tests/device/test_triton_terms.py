@@ -19,9 +19,7 @@ def evaluate(a, b, out, first, second, log_b, n, TERM: tl.constexpr, MIXES: tl.c
     x = tl.load(a + i, mask=i < n, other=0.0)
     y = tl.load(b + i, mask=i < n, other=0.0)
     p, q, e = divergences_triton.probabilities(x * log2_e, y * log2_e, MIXES)
-    phi, g, h = TERM(
-        x * log2_e, y * log2_e, p, q, e, first, second, log_b * log2_e, True
-    )
+    phi, g, h = TERM(x * log2_e, y * log2_e, p, q, e, first, second, log_b * log2_e, True)
     tl.store(out + i, phi + tl.zeros((128,), tl.float32), mask=i < n)
     tl.store(out + n + i, g, mask=i < n)
     tl.store(out + 2 * n + i, h, mask=i < n)
@@ -38,9 +36,7 @@ def test_agrees_with_the_torch_term(name, parameters, triton_runs):
     first, second = float(member.first), float(member.second)
     far = -torch.linspace(0.01, 30, 40)
     a = torch.cat([far, far, far, torch.tensor([-1.0, -torch.inf, -torch.inf])])
-    b = torch.cat(
-        [far.flip(0), far - 1e-3, far, torch.tensor([-torch.inf, -1.0, -torch.inf])]
-    )
+    b = torch.cat([far.flip(0), far - 1e-3, far, torch.tensor([-torch.inf, -1.0, -torch.inf])])
     if name in ("forward_kl", "reverse_kl", "jeffreys", "alpha", "renyi", "dkd"):
         a, b = a[:-3], b[:-3]  # where they are infinite the torch term is the oracle's business
     log_b = -0.3

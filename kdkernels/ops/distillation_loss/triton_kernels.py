@@ -147,7 +147,7 @@ def rescaled(state, student_max, teacher_max, cs, ct, first, second, KIND: tl.co
 
 @triton.jit
 def finite(m):
-    """m where it is finite, else 0: what a sum of exponentials that may hold +inf is relative to."""
+    """m where it is finite, else 0: what exponentials are relative to where +inf is one."""
     return tl.where(tl.abs(m) == float("inf"), 0.0, m)
 
 
@@ -521,10 +521,8 @@ def _finish(
         t_odds = (teacher_logit - anchored(teacher_max)) / LOG2_E * ct - teacher_log_z
         a0, a1 = log_sigmoid(s_odds, HARDWARE), log_sigmoid(-s_odds, HARDWARE)
         b0, b1 = log_sigmoid(t_odds, HARDWARE), log_sigmoid(-t_odds, HARDWARE)
-        binary = divergences_triton.kl(tl.exp(b0), tl.exp(a0), divergences_triton.difference(a0, b0))
-        binary += divergences_triton.kl(
-            tl.exp(b1), tl.exp(a1), divergences_triton.difference(a1, b1)
-        )
+        binary = divergences_triton.kl(tl.exp(b0), tl.exp(a0), a0 - b0)
+        binary += divergences_triton.kl(tl.exp(b1), tl.exp(a1), a1 - b1)
         kd = second * d + first * binary
         sum_g = first * (tl.exp(a0) - tl.exp(b0))
         student_entropy = whole_entropy(s_odds, student_entropy, HARDWARE)
@@ -698,8 +696,9 @@ def _gradient(
     row = (
         student_max, student_log_z * LOG2_E, teacher_max, teacher_log_z * LOG2_E, cs, ct, first,
         second, log_b, kd / temperature, kd / teacher_temperature, factor, sum_g, sum_h, label_g,
-        label_h, reads_unit, unit_max, unit_log_z * LOG2_E, ce + times(2.0 * z, unit_max + unit_log_z),
-        ce * (1.0 - smoothing), ce * (smoothing / vocab),
+        label_h, reads_unit, unit_max, unit_log_z * LOG2_E,
+        ce + times(2.0 * z, unit_max + unit_log_z), ce * (1.0 - smoothing),
+        ce * (smoothing / vocab),
     )  # fmt: skip
     for start in range(begin, full, BLOCK):
         s, t, raw, position, here, _ = tile(
@@ -778,7 +777,7 @@ def distillation_loss_and_grad(
     *options, teacher_grad = args
     loss, rows, rest = _forward(student, teacher, *options)
     one = torch.ones((), dtype=torch.float32, device=student.device)
-    grads = _backward(one, student, teacher, rows, *rest, True, teacher_grad)
+    grads = _backward(one, student, teacher, rows, rest, True, teacher_grad)
     return loss, rows, *grads
 
 
@@ -789,7 +788,7 @@ def distillation_loss_and_grad_(
     *options, teacher_grad = args
     loss, rows, rest = _forward(student, teacher, *options)
     one = torch.ones((), dtype=torch.float32, device=student.device)
-    grads = _backward(one, student, teacher, rows, *rest, True, teacher_grad, into=student)
+    grads = _backward(one, student, teacher, rows, rest, True, teacher_grad, into=student)
     return loss, rows, grads[1]
 
 
@@ -810,7 +809,7 @@ def distillation_loss_backward(
     """
     label_logits = _label_logits(student, teacher, labels, divergence, vocab_size)
     rest = (labels, divergence, label_smoothing, vocab_size, label_logits)
-    return _backward(grad_loss, student, teacher, rows, *rest, student_grad, teacher_grad)
+    return _backward(grad_loss, student, teacher, rows, rest, student_grad, teacher_grad)
 
 
 def scale_rows_(grad: Tensor, factor: Tensor) -> None:
@@ -916,15 +915,12 @@ def _backward(
     student: Tensor,
     teacher: Tensor,
     rows: Tensor,
-    labels: Tensor | None,
-    divergence: str,
-    label_smoothing: float,
-    vocab: int,
-    label_logits: tuple,
+    rest: tuple,
     student_grad: bool,
     teacher_grad: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    labels, divergence, label_smoothing, vocab, label_logits = rest
     n = student.shape[0]
     nothing = (0,)
     if into is None:
