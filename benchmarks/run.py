@@ -49,8 +49,11 @@ class CheckFailed(Exception):
 
 def available() -> dict[str, str | None]:
     """Every contestant: None, or why it cannot run here."""
-    backends = [(name.removesuffix(" (CPU)"), *rest) for name, *rest in _backend.backends()]
-    missing = {name: reason for name, here, reason in backends if not here}
+    missing = {
+        name.removesuffix(" (CPU)"): reason
+        for name, here, reason in _backend.backends()
+        if not here
+    }
     return {name: missing.get(c.backend) if c.backend else None for name, c in CONTESTANTS.items()}
 
 
