@@ -28,8 +28,8 @@ def report() -> str:
         ("threads", str(torch.get_num_threads())),
     ]
     lines = [f"{name:<11}{value}" for name, value in facts]
-    lines += ["", f"{'backend':<11}{'available':<11}reason"]
-    lines += [f"{name:<11}{'yes' if ok else 'no':<11}{reason}" for name, ok, reason in backends()]
+    lines += ["", f"{'backend':<13}{'available':<11}reason"]
+    lines += [f"{name:<13}{'yes' if ok else 'no':<11}{reason}" for name, ok, reason in backends()]
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """The divergences as Triton functions: the formulas of kdkernels/divergences.py, one each.
 
-A term takes a = log p and b = log q of a tile, p and q, e = expm1(−|a − b|), the row's parameters
-and, for Rényi, log B; it returns φ, G and H. Kernels get it as a ``tl.constexpr``, and what they do
-not use of it costs nothing: a new divergence is one function and one line of TERMS.
+A term takes a = log2 p and b = log2 q of a tile, p and q, e = expm1(−|log(p/q)|), the row's
+parameters and, for Rényi, log2 B; it returns φ, G and H. Kernels get it as a ``tl.constexpr``, and
+what they do not use of it costs nothing: a new divergence is one function and one line of TERMS.
 
 Parameters are values of a row, so that the ends of their ranges (jsd β = 0, alpha = 1, …), where a
 family is one of the KLs, are chosen per row by ``tl.where``.
@@ -32,6 +32,12 @@ def log2(x, HARDWARE: tl.constexpr):
 def difference(a, b):
     """a − b, and 0 where both are −inf."""
     return tl.where(a == b, 0.0, a - b)
+
+
+@triton.jit
+def log_ratio(a, b):
+    """log(p/q)."""
+    return difference(a, b) * LN_2
 
 
 @triton.jit
@@ -72,7 +78,7 @@ def kl(weight, other, d):
 @triton.jit
 def geometric(a, b, order):
     """order·b + (1 − order)·a, −inf where both are."""
-    return tl.where(a == b, a, order * b + (1.0 - order) * a)
+    return tl.where(a == b, a, tl.fma(b, order, (1.0 - order) * a))
 
 
 @triton.jit
@@ -93,19 +99,19 @@ def mixture(d, e, beta, HARDWARE: tl.constexpr):
 
 @triton.jit
 def forward_kl(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
-    d = difference(a, b)
+    d = log_ratio(a, b)
     return kl(q, p, d), p - q, -times(q, d)
 
 
 @triton.jit
 def reverse_kl(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
-    d = difference(a, b)
+    d = log_ratio(a, b)
     return kl(p, q, -d), times(p, d), q - p
 
 
 @triton.jit
 def jeffreys(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
-    d = difference(a, b)
+    d = log_ratio(a, b)
     rest = 1.0 - first
     phi = times(first, kl(q, p, d)) + times(rest, kl(p, q, -d))
     g = times(first, p - q) + times(rest, times(p, d))
@@ -115,7 +121,7 @@ def jeffreys(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
 
 @triton.jit
 def jsd(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
-    d = difference(a, b)
+    d = log_ratio(a, b)
     rest = 1.0 - first
     log_p_m, log_q_m, _, _ = mixture(d, e, first, HARDWARE)
     scale = tl.where(second > 0, 1.0 / (first * rest), 1.0)
@@ -133,7 +139,7 @@ def jsd(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
 
 @triton.jit
 def skew_forward_kl(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
-    d = difference(a, b)
+    d = log_ratio(a, b)
     rest = 1.0 - first
     _, log_q_m, _, excess = mixture(d, e, first, HARDWARE)
     # λ = 0: forward KL. λ = 1 leaves log(q/q) = 0, which the mixture could only round to.
@@ -146,7 +152,7 @@ def skew_forward_kl(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr)
 
 @triton.jit
 def skew_reverse_kl(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
-    d = difference(a, b)
+    d = log_ratio(a, b)
     rest = 1.0 - first
     log_p_m, _, excess, _ = mixture(d, e, rest, HARDWARE)
     log_p_m = tl.where(first == 0, d, tl.where(rest == 0, 0.0, log_p_m))
@@ -164,9 +170,9 @@ def tvd(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
 
 @triton.jit
 def alpha(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
-    d = difference(a, b)
+    d = log_ratio(a, b)
     rest = 1.0 - first
-    pi = tl.exp2(geometric(a, b, first) * LOG2_E)
+    pi = tl.exp2(geometric(a, b, first))
     by_first = 1.0 / first
     by_rest = 1.0 / rest
     phi = (first * q + rest * p - pi) * (by_first * by_rest)
@@ -185,7 +191,7 @@ def alpha(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
 def renyi(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
     # φ is alpha's, of whose sum Rényi is a function; G and H already have 1/B in them.
     phi, g, h = alpha(a, b, p, q, e, first, second, log_b, HARDWARE)
-    tilted = tl.exp2((geometric(a, b, first) - log_b) * LOG2_E)
+    tilted = tl.exp2(geometric(a, b, first) - log_b)
     g = tl.where(first == 1, g, -tilted)
     return phi, g, tl.where(first == 1, h, tilted * (first / (first - 1.0)))
 
@@ -193,16 +199,16 @@ def renyi(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
 @triton.jit
 def ab(a, b, p, q, e, first, second, log_b, HARDWARE: tl.constexpr):
     k = first + second
-    q_k = tl.exp2(k * b * LOG2_E)
-    p_k = tl.exp2(k * a * LOG2_E)
-    mixed = tl.exp2((first * b + second * a) * LOG2_E)
+    q_k = tl.exp2(k * b)
+    p_k = tl.exp2(k * a)
+    mixed = tl.exp2(tl.fma(b, first, second * a))
     phi = (second * p_k + first * q_k - k * mixed) * (1.0 / (k * first * second))
     return phi, (p_k - mixed) * (1.0 / first), (q_k - mixed) * (1.0 / second)
 
 
 @triton.jit
 def probabilities(a, b, MIXES: tl.constexpr):
-    """(p, q, e) from the logarithms a and b to base 2; two exponentials."""
+    """(p, q, e) of a term; two exponentials."""
     if MIXES:
         d = difference(a, b)
         ratio = tl.exp2(-tl.abs(d))

@@ -53,17 +53,15 @@ def choose(
             raise RuntimeError(f"backend={backend!r} cannot serve this call: {refusal}")
         return backend, "asked for by name"
     # On CPU tensors Triton's kernels run in an emulator: for tests, when asked for.
-    refusals = []
+    refusals: list[str] = []
     for name in ("cpp",) if device.type == "cpu" else ("cpp", "triton"):
         refusal = _refusal(name, device.type, dtypes, on_devices)
         if refusal is None:
-            why = {"cpu": "CPU tensors", "cuda": "CUDA tensors"}[device.type]
-            why += " and the C++ library is there" if name == "cpp" else "".join(
-                f"; not {other}: {reason}" for other, reason in refusals
-            )
-            return name, why
-        refusals.append((name, refusal))
-    return "reference", "; ".join(f"not {name}: {reason}" for name, reason in refusals)
+            library = " and the C++ library is there" if name == "cpp" else ""
+            tensors = {"cpu": "CPU tensors", "cuda": "CUDA tensors"}[device.type]
+            return name, "; ".join([tensors + library, *refusals])
+        refusals.append(f"not {name}: {refusal}")
+    return "reference", "; ".join(refusals)
 
 
 def warn_of_reference(backend: str, why: str, device: torch.device) -> None:

@@ -187,9 +187,7 @@ def positions(start, BLOCK: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def inside(
-    start, shift, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr
-):
+def inside(start, shift, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr):
     """Which positions of a masked tile are columns: whole groups of them where rows allow it, so
     that accesses stay 16 bytes wide.
     """

@@ -122,21 +122,21 @@ def rescaled(state, student_max, teacher_max, cs, ct, first, second, KIND: tl.co
     down_t = (mt - new_t) * ct
     rs = tl.exp2(down_s)
     rt = tl.exp2(down_t)
-    if KIND & FORWARD:
+    if FORWARD & KIND:
         forward = moved(forward, zt, rt, ds - dt)
-    if KIND & REVERSE:
+    if REVERSE & KIND:
         reverse = moved(reverse, zs, rs, dt - ds)
-    if KIND & TILTED:
+    if TILTED & KIND:
         mz -= first * dt + (1.0 - first) * ds
-    if KIND & POWERS:
+    if POWERS & KIND:
         pk *= tl.exp2(down_s * (first + second))
         qk *= tl.exp2(down_t * (first + second))
         mixed *= tl.exp2(first * down_t + second * down_s)
-    if KIND & UNIT:
+    if UNIT & KIND:
         unit *= tl.exp2((ms - new_s) * LOG2_E)
-    if KIND & SMOOTHING:
+    if SMOOTHING & KIND:
         logits -= count * (new_s - anchored(ms))
-    if KIND & STATS:
+    if STATS & KIND:
         hs = moved(hs, zs, rs, -ds)
         ht = moved(ht, zt, rt, -dt)
     return (
@@ -147,7 +147,7 @@ def rescaled(state, student_max, teacher_max, cs, ct, first, second, KIND: tl.co
 
 @triton.jit
 def finite(m):
-    """m where it is finite, else 0: what a sum of exponentials that may hold +inf is relative to."""
+    """m where it is finite, else 0: what exponentials are relative to where +inf is one."""
     return tl.where(tl.abs(m) == float("inf"), 0.0, m)
 
 
@@ -184,7 +184,7 @@ def extended(state, s, t, column, counted_here, cs, ct, first, second, KIND: tl.
     group_t = tl.max(t, 1)
     s_at = state[16]
     t_at = state[17]
-    if KIND & STATS:
+    if STATS & KIND:
         s_at = first_column(s, group_s, state[0], s_at, column)
         t_at = first_column(t, group_t, state[2], t_at, column)
     student_max = tl.maximum(state[0], group_s)
@@ -200,26 +200,26 @@ def extended(state, s, t, column, counted_here, cs, ct, first, second, KIND: tl.
     et = tl.exp2(y)
     zs += tl.sum(es, 1)
     zt += tl.sum(et, 1)
-    if KIND & FORWARD:
+    if FORWARD & KIND:
         forward += tl.sum(times(et, y - x), 1)
-    if KIND & REVERSE:
+    if REVERSE & KIND:
         reverse += tl.sum(times(es, x - y), 1)
-    if KIND & TILTED:
+    if TILTED & KIND:
         z = divergences_triton.geometric(x, y, first)
         tilted_max = tl.maximum(mz, tl.max(z, 1))
         zz = times(tl.exp2(mz - finite(tilted_max)), zz)
         zz += tl.sum(tl.exp2(z - finite(tilted_max)[:, None]), 1)
         mz = tilted_max
-    if KIND & POWERS:
+    if POWERS & KIND:
         pk += tl.sum(tl.exp2(x * (first + second)), 1)
         qk += tl.sum(tl.exp2(y * (first + second)), 1)
-        mixed += tl.sum(tl.exp2(first * y + second * x), 1)
-    if KIND & UNIT:
+        mixed += tl.sum(tl.exp2(tl.fma(y, first, second * x)), 1)
+    if UNIT & KIND:
         unit += tl.sum(tl.exp2(below_s * LOG2_E), 1)
-    if KIND & SMOOTHING:
+    if SMOOTHING & KIND:
         logits += tl.sum(tl.where(counted_here, below_s, 0.0), 1)
         counted += tl.sum(counted_here.to(tl.float32), 1)
-    if KIND & STATS:
+    if STATS & KIND:
         hs += tl.sum(times(es, x), 1)
         ht += tl.sum(times(et, y), 1)
     return (
@@ -241,7 +241,8 @@ def tile(
     if MASKED:
         here = inside(start, shift, vocab, BLOCK, GROUP, RAGGED)
         raw = tl.load(student + position, mask=here, other=0.0).to(tl.float32)
-        t = tl.load(teacher + position, mask=here & reads_teacher, other=0.0).to(tl.float32)
+        reads = tl.where(reads_teacher, here, False)
+        t = tl.load(teacher + position, mask=reads, other=0.0).to(tl.float32)
     else:
         here = tl.full((BLOCK // GROUP, GROUP), True, tl.int1)
         raw = tl.load(student + position).to(tl.float32)
@@ -276,7 +277,7 @@ def _statistics(
     first = tl.load(rows + FIRST * n + i)
     second = tl.load(rows + SECOND * n + i)
     label = tl.full((), -1, tl.int64)
-    if KIND & EXCLUDE:
+    if EXCLUDE & KIND:
         label = tl.load(labels + i)
     shift = row_shift(student_offset, i, student_stride, GROUP, SHIFTED)
     s_row = row_pointer(student, i, student_stride, shift, STUDENT_WIDE)
@@ -286,14 +287,14 @@ def _statistics(
     for start in range(begin, full, BLOCK):
         s, t, _, position, _, counted = tile(
             s_row, t_row, start, shift, vocab, label, reads_teacher,
-            BLOCK, GROUP, RAGGED, False, KIND & EXCLUDE != 0,
+            BLOCK, GROUP, RAGGED, False, EXCLUDE & KIND != 0,
         )  # fmt: skip
         state = extended(state, s, t, position - shift, counted, cs, ct, first, second, KIND)
     for which in range(low, high):
         start = masked_tile(which, chunk, full, CHUNK)
         s, t, _, position, _, counted = tile(
             s_row, t_row, start, shift, vocab, label, reads_teacher,
-            BLOCK, GROUP, RAGGED, True, KIND & EXCLUDE != 0,
+            BLOCK, GROUP, RAGGED, True, EXCLUDE & KIND != 0,
         )  # fmt: skip
         state = extended(state, s, t, position - shift, counted, cs, ct, first, second, KIND)
     state = merged(state, cs, ct, first, second, KIND)
@@ -346,7 +347,7 @@ def summed(
     a = (s - student_max) * cs - student_log_z
     b = (t - teacher_max) * ct - teacher_log_z
     p, q, e = probabilities(a, b, MIXES)
-    phi, g, _ = TERM(a * LN_2, b * LN_2, p, q, e, first, second, 0.0, HARDWARE)
+    phi, g, _ = TERM(a, b, p, q, e, first, second, 0.0, HARDWARE)
     return phi_sum + tl.sum(phi, 1), g_sum + tl.sum(g, 1)
 
 
@@ -508,7 +509,7 @@ def _finish(
         label = tl.load(labels + i)
         label_logit = tl.load(student_label + i)
     unit_max = student_max
-    if KIND & EXCLUDE:
+    if EXCLUDE & KIND:
         # Where nothing but the label has mass there is nothing to distil.
         rest_is_empty = (zs == 0) & (zt == 0)
         kd_scale = tl.where(rest_is_empty, 0.0, kd_scale)
@@ -520,10 +521,8 @@ def _finish(
         t_odds = (teacher_logit - anchored(teacher_max)) / LOG2_E * ct - teacher_log_z
         a0, a1 = log_sigmoid(s_odds, HARDWARE), log_sigmoid(-s_odds, HARDWARE)
         b0, b1 = log_sigmoid(t_odds, HARDWARE), log_sigmoid(-t_odds, HARDWARE)
-        binary = divergences_triton.kl(tl.exp(b0), tl.exp(a0), divergences_triton.difference(a0, b0))
-        binary += divergences_triton.kl(
-            tl.exp(b1), tl.exp(a1), divergences_triton.difference(a1, b1)
-        )
+        binary = divergences_triton.kl(tl.exp(b0), tl.exp(a0), a0 - b0)
+        binary += divergences_triton.kl(tl.exp(b1), tl.exp(a1), a1 - b1)
         kd = second * d + first * binary
         sum_g = first * (tl.exp(a0) - tl.exp(b0))
         student_entropy = whole_entropy(s_odds, student_entropy, HARDWARE)
@@ -541,13 +540,13 @@ def _finish(
     unit_lse = anchored(unit_max) + unit_log_z
     label_log_prob = label_logit - anchored(unit_max) - unit_log_z
     ce = -label_log_prob
-    if KIND & SMOOTHING:
+    if SMOOTHING & KIND:
         ce = (1.0 - smoothing) * ce + smoothing * (unit_log_z - logits / vocab)
     if not LABELLED:
         ce = 0.0
     total = times(kd_scale, kd) + times(ce_scale, ce) + times(z_scale, unit_lse * unit_lse)
     tl.store(totals + i, tl.where(reads_student, total, 0.0))
-    has_unit = reads_student & (KIND & UNIT != 0)
+    has_unit = reads_student & (UNIT & KIND != 0)
     tl.store(rows + STUDENT_MAX * n + i, tl.where(reads_student, anchored(student_max), 0.0))
     tl.store(rows + STUDENT_LOG_Z * n + i, tl.where(reads_student, student_log_z, 0.0))
     tl.store(rows + TEACHER_MAX * n + i, tl.where(reads_teacher, anchored(teacher_max), 0.0))
@@ -555,7 +554,7 @@ def _finish(
     tl.store(rows + DIVERGENCE * n + i, tl.where(reads_teacher, d, 0.0))
     tl.store(rows + SUM_G * n + i, tl.where(reads_teacher, sum_g, 0.0))
     tl.store(rows + UNIT_LOG_Z * n + i, tl.where(has_unit, unit_log_z, 0.0))
-    if KIND & STATS:
+    if STATS & KIND:
         of_kd = mask & COUNTS_KD != 0
         of_ce = mask & COUNTS_CE != 0
         t2 = tl.where(t_squared != 0, temperature * temperature, 1.0)
@@ -587,7 +586,7 @@ def gradient_tile(
     a = (s - student_max) * cs - student_log_z
     b = (t - teacher_max) * ct - teacher_log_z
     p, q, e = probabilities(a, b, MIXES)
-    _, g, h = TERM(a * LN_2, b * LN_2, p, q, e, first, second, log_b, HARDWARE)
+    _, g, h = TERM(a, b, p, q, e, first, second, log_b, HARDWARE)
     if EXCLUDES:
         g = tl.where(column == label, label_g, factor * g)
         h = tl.where(column == label, label_h, factor * h)
@@ -663,10 +662,10 @@ def _gradient(
     sum_g = tl.load(rows + SUM_G * n + i)
     cs = LOG2_E / temperature
     ct = LOG2_E / teacher_temperature
-    log_b = sum_g
+    log_b = sum_g * LOG2_E
     sum_h = d - sum_g
     if NAME == "reverse_kl":
-        sum_h = 0.0 * sum_h  # Σq − Σp; NaN stays
+        sum_h = tl.zeros((), tl.float32)  # Σq − Σp
     elif NAME == "ab":
         sum_h = (first + second) * d - sum_g
     elif NAME == "renyi":
@@ -697,8 +696,9 @@ def _gradient(
     row = (
         student_max, student_log_z * LOG2_E, teacher_max, teacher_log_z * LOG2_E, cs, ct, first,
         second, log_b, kd / temperature, kd / teacher_temperature, factor, sum_g, sum_h, label_g,
-        label_h, reads_unit, unit_max, unit_log_z * LOG2_E, ce + times(2.0 * z, unit_max + unit_log_z),
-        ce * (1.0 - smoothing), ce * (smoothing / vocab),
+        label_h, reads_unit, unit_max, unit_log_z * LOG2_E,
+        ce + times(2.0 * z, unit_max + unit_log_z), ce * (1.0 - smoothing),
+        ce * (smoothing / vocab),
     )  # fmt: skip
     for start in range(begin, full, BLOCK):
         s, t, raw, position, here, _ = tile(
@@ -777,7 +777,7 @@ def distillation_loss_and_grad(
     *options, teacher_grad = args
     loss, rows, rest = _forward(student, teacher, *options)
     one = torch.ones((), dtype=torch.float32, device=student.device)
-    grads = _backward(one, student, teacher, rows, *rest, True, teacher_grad)
+    grads = _backward(one, student, teacher, rows, rest, True, teacher_grad)
     return loss, rows, *grads
 
 
@@ -788,7 +788,7 @@ def distillation_loss_and_grad_(
     *options, teacher_grad = args
     loss, rows, rest = _forward(student, teacher, *options)
     one = torch.ones((), dtype=torch.float32, device=student.device)
-    grads = _backward(one, student, teacher, rows, *rest, True, teacher_grad, into=student)
+    grads = _backward(one, student, teacher, rows, rest, True, teacher_grad, into=student)
     return loss, rows, grads[1]
 
 
@@ -809,7 +809,7 @@ def distillation_loss_backward(
     """
     label_logits = _label_logits(student, teacher, labels, divergence, vocab_size)
     rest = (labels, divergence, label_smoothing, vocab_size, label_logits)
-    return _backward(grad_loss, student, teacher, rows, *rest, student_grad, teacher_grad)
+    return _backward(grad_loss, student, teacher, rows, rest, student_grad, teacher_grad)
 
 
 def scale_rows_(grad: Tensor, factor: Tensor) -> None:
@@ -915,15 +915,12 @@ def _backward(
     student: Tensor,
     teacher: Tensor,
     rows: Tensor,
-    labels: Tensor | None,
-    divergence: str,
-    label_smoothing: float,
-    vocab: int,
-    label_logits: tuple,
+    rest: tuple,
     student_grad: bool,
     teacher_grad: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    labels, divergence, label_smoothing, vocab, label_logits = rest
     n = student.shape[0]
     nothing = (0,)
     if into is None:

@@ -1,8 +1,8 @@
 """The softmax ops in Triton. Imported on first use: the package works without Triton.
 
-A row that fits one tile is read once; a longer one is read by _statistics, whose chunks are combined
-in order, and again by the kernel that writes (6 bytes a bfloat16 element instead of 4). The backward
-is the same with Σg or Σp·g.
+A row that fits one tile is read once; a longer one is read by _statistics, whose chunks are
+combined in order, and again by the kernel that writes (6 bytes a bfloat16 element instead of 4).
+The backward is the same with Σg or Σp·g.
 """
 
 import torch
@@ -267,7 +267,9 @@ def _gradient(
     if states is None:
         g = load(g_row, chunk * CHUNK, shift, vocab, 0.0, BLOCK, GROUP, RAGGED, True)
         y = load(y_row, chunk * CHUNK, shift, vocab, 0.0, BLOCK, GROUP, RAGGED, True)
-        state = gathered(no_columns(BLOCK // GROUP), g, y, positions(chunk * CHUNK, BLOCK, GROUP), LOG)
+        state = gathered(
+            no_columns(BLOCK // GROUP), g, y, positions(chunk * CHUNK, BLOCK, GROUP), LOG
+        )
         values = gradient(g, y, combined(state, LOG), scale, LOG)
         store(x_row, chunk * CHUNK, shift, vocab, values, BLOCK, GROUP, RAGGED, True)
     else:
