@@ -30,8 +30,8 @@ STATISTICS = [field for field in kdkernels.DistillationStats._fields]
 
 @pytest.fixture(autouse=True)
 def headroom(monkeypatch):
-    """Exponents are in base 2 times a constant rounded to float32, for hardware instructions: where
-    a loss is a small difference of powers (alpha, AB) that is up to 1.4 times the CPU's bound.
+    """1.6 times the CPU's bound. Needed so far by alpha = -0.5 and 0.9 and ab, one element each,
+    which miss the CPU's bound by 3 to 6 %; the likely cause is the float32 constant log2(e)/τ.
     """
     monkeypatch.setattr(oracle, "SAMPLING", 2.0)
 
