@@ -43,20 +43,20 @@ def times(weight, x):
 @triton.jit
 def expm1(x, power):
     """expm1(x) for x ≤ 0, from power = e^x, with a few roundings of relative error near 0 too."""
-    y = 0.00139977836 + 0.00019996821 * x
-    y = 0.0416653039 + x * (0.00833305216 + x * y)
-    y = 1.0 + x * (0.500000043 + x * (0.166666684 + x * y))
+    y = tl.fma(x, 0.00019996821, 0.00139977836)
+    y = tl.fma(x, tl.fma(x, y, 0.00833305216), 0.0416653039)
+    y = tl.fma(x, tl.fma(x, tl.fma(x, y, 0.166666684), 0.500000043), 1.0)
     return tl.where(x > -0.5, x * y, power - 1.0)
 
 
 @triton.jit
 def log1p(x, HARDWARE: tl.constexpr):
     """log(1 + x) for −1 < x ≤ 1, a few roundings of relative error near 0 too."""
-    y = 0.129046209 - 0.0762102624 * x
-    y = 0.141818431 + x * (-0.132434795 + x * y)
-    y = 0.20001968 + x * (-0.166090116 + x * y)
-    y = 0.33333326 + x * (-0.250015866 + x * y)
-    y = 1.0 + x * (-0.499999883 + x * y)
+    y = tl.fma(x, -0.0762102624, 0.129046209)
+    y = tl.fma(x, tl.fma(x, y, -0.132434795), 0.141818431)
+    y = tl.fma(x, tl.fma(x, y, -0.166090116), 0.20001968)
+    y = tl.fma(x, tl.fma(x, y, -0.250015866), 0.33333326)
+    y = tl.fma(x, tl.fma(x, y, -0.499999883), 1.0)
     return tl.where(tl.abs(x) < 0.29, x * y, log2(1.0 + x, HARDWARE) * LN_2)
 
 
@@ -64,8 +64,8 @@ def log1p(x, HARDWARE: tl.constexpr):
 def kl(weight, other, d):
     """Bregman form of KL(weight‖other) for d = log(other/weight): weight·(expm1(d) − d) ≥ 0."""
     product = times(weight, d)
-    y = 0.0416665879 + d * (0.0083488485 + d * 0.00139160386)
-    near = product * (d * (0.5 + d * (0.166666424 + d * y)))
+    y = tl.fma(d, tl.fma(d, 0.00139160386, 0.0083488485), 0.0416665879)
+    near = product * (d * tl.fma(d, tl.fma(d, y, 0.166666424), 0.5))
     return tl.where(tl.abs(d) < 0.25, near, (other - weight) - product)
 
 

@@ -35,6 +35,11 @@ _TABLE = {
 }
 _TILES = 2  # tiles a chunk
 
+# No product is fused into a sum unless a kernel says so (tl.fma): a fused product at the head of a
+# sum over lanes, fma(a, b, shuffled c·d), gives each lane of a warp another last bit, and which one
+# the row gets is then undefined.
+EXACT = dict(enable_fp_fusion=False)
+
 # Arguments whose value compiles nothing new.
 NUMBERS = (
     "n",
@@ -92,7 +97,7 @@ def cut(vocab: int, *matrices: Tensor) -> Cut:
         SHIFTED=shifted,
         RAGGED=shifted or vocab % group != 0,
         num_warps=max(1, warps * 32 // lanes),
-        enable_fp_fusion=True,  # FMAs, also where Triton 3.10 leaves them out by default
+        **EXACT,
     )
     return Cut(chunks, wide, options)
 

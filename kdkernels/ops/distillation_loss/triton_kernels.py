@@ -904,7 +904,7 @@ def _forward(
                 rows, masks, labels, *label_logits, states, sums, totals,
                 n, vocab, cut.chunks, label_smoothing, int(t_squared),
                 NAME=divergence, KIND=kind, HARDWARE=hardware, CHUNKS=chunks, CLASS_B=class_b,
-                LABELLED=labels is not None, num_warps=1, enable_fp_fusion=True,
+                LABELLED=labels is not None, num_warps=1, **_triton.EXACT,
             )  # fmt: skip
     loss = totals if reduction == "none" else totals.sum(dtype=torch.float64).to(torch.float32)
     return loss, rows, (labels, divergence, label_smoothing, vocab, label_logits)
