@@ -35,11 +35,12 @@ struct Plan {
 // What a block of a cooperative launch has in device memory: a ticket or a counter for each, zeroed
 // before the launch, and what it hands to the others.
 constexpr int kMaxTeamBlocks = 1024;  // in a launch whose blocks wait for each other
-constexpr int kMessage = 64;          // bytes
+// Bytes; not a multiple of 64, so that eight of them are read without bank conflicts.
+constexpr int kMessage = 72;
 struct Workspace {
   unsigned ticket;
   unsigned arrived[kMaxTeamBlocks];
-  alignas(kMessage) char messages[kMaxTeamBlocks][2][kMessage];
+  alignas(8) char messages[kMaxTeamBlocks][2][kMessage];
   static constexpr int64_t zeroed = 4 + 4 * kMaxTeamBlocks;
 };
 
@@ -161,16 +162,6 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// A sum of many floats: sixteen or so in float, those sums in double.
-struct Sum {
-  float run = 0;
-  double total = 0;
-  __device__ __forceinline__ void flush() {
-    total += run;
-    run = 0;
-  }
-};
-
 template <class T>
 __device__ __forceinline__ T lanes_sum(T x, int width) {
 #pragma unroll
@@ -239,8 +230,8 @@ __device__ __forceinline__ float largest(const float (&x)[kSlot]) {
 
 // The shared memory of a block that is not for rows.
 struct Mailbox {
-  alignas(kMessage) char warps[2][kWarps][kMessage];
-  alignas(kMessage) char blocks[2][8][kMessage];  // written by the others of a cluster
+  alignas(8) char warps[2][kWarps][kMessage];
+  alignas(8) char blocks[2][8][kMessage];  // written by the others of a cluster
 };
 
 struct Team {
@@ -365,6 +356,7 @@ struct Piece {
 __device__ __forceinline__ void fetch(const Team& team, const Area& area, const Piece& piece) {
   int slots = (piece.n + kSlot - 1) / kSlot;
   int chunks = slots * (piece.size() / 2) + (piece.shift() != 0);
+#pragma unroll 1
   for (int j = team.thread; j < chunks; j += team.threads) {
     if (piece.whole(j)) {
       copy_async(chunk(area, j), piece.at(j));
@@ -441,6 +433,7 @@ __device__ __forceinline__ void store_part(const Piece& to, int j, uint4 v) {
 __device__ __forceinline__ void put(const Team& team, const Area& area, const Piece& to) {
   int shift = to.shift(), chunks = to.chunks();
   int filled = (to.n + kSlot - 1) / kSlot * (to.size() / 2);
+#pragma unroll 1
   for (int j = team.thread; j < chunks; j += team.threads) {
     uint4 v = j < filled ? chunk(area, j) : make_uint4(0, 0, 0, 0);
     if (shift != 0) {
@@ -463,6 +456,7 @@ __device__ __forceinline__ void put_zeros(const Team& team, const Matrix& matrix
     int n = static_cast<int>(min(most, matrix.columns - start));
     Piece to{matrix.row(row) + start * size_of(matrix.dtype), matrix.dtype, n};
     int step = team.threads * team.blocks, chunks = to.chunks();
+#pragma unroll 1
     for (int j = team.rank * team.threads + team.thread; j < chunks; j += step) {
       if (to.whole(j)) {
         *reinterpret_cast<uint4*>(to.at(j)) = make_uint4(0, 0, 0, 0);
@@ -498,6 +492,7 @@ struct Share {
   template <class F>
   __device__ __forceinline__ void for_slots(int tile, F each) const {
     int n = columns(tile);
+#pragma unroll 1
     for (int slot = team.thread; slot * kSlot < n; slot += team.threads) each(slot);
   }
 };

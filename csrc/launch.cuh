@@ -70,9 +70,11 @@ constexpr int kWarpColumns = 1024;   // rows up to this length have a warp each
 // clusters where the chip has them and through device memory where it has not.
 enum class Meeting { none, clusters, anywhere };
 
-// raw(slots): bytes of a share as it is staged; kept(slots): with the floats that save exponentials.
+// prefers_kept: a third sweep would compute exponentials and terms again, which is worth a block
+// alone on its multiprocessor. raw(slots): bytes of a share as it is staged; kept(slots): with the floats that save exponentials.
 template <class Raw, class Kept>
-Plan plan_rows(const Device& device, int64_t columns, Meeting meeting, Raw raw, Kept kept) {
+Plan plan_rows(const Device& device, int64_t columns, Meeting meeting, bool prefers_kept, Raw raw,
+               Kept kept) {
   Plan plan;
   int64_t slots = (columns + kSlot - 1) / kSlot;
   if (columns <= kWarpColumns) {
@@ -107,7 +109,9 @@ Plan plan_rows(const Device& device, int64_t columns, Meeting meeting, Raw raw, 
   if (clusters || meeting == Meeting::none) {
     // Clusters are cheap: as many blocks as let two rest on a multiprocessor, with the exponentials
     // if possible.
-    found = fewest(1, max_blocks, true, half) || fewest(1, max_blocks, false, half);
+    found = fewest(1, max_blocks, true, half) ||
+            (prefers_kept && fewest(1, max_blocks, true, most)) ||
+            fewest(1, max_blocks, false, half);
   } else {
     // Blocks that meet in device memory only where one cannot hold the row.
     found = fewest(1, 1, true, half) || fewest(1, 1, false, most) ||

@@ -117,7 +117,10 @@ CudaStatus run(const char* name, Call call, CudaStream stream) {
   auto kept = [=](int64_t slots) {
     return raw(slots) + (call.backward ? 0 : 4 * plane_bytes(static_cast<int>(slots)));
   };
-  call.plan = plan_rows(device, p.vocab, call.backward ? Meeting::none : Meeting::anywhere, raw, kept);
+  bool third_sweep = !call.backward && p.student_grad.data && !p.teacher_grad.data &&
+                     p.divergence != Divergence::forward_kl;
+  call.plan = plan_rows(device, p.vocab, call.backward ? Meeting::none : Meeting::anywhere,
+                        third_sweep, raw, kept);
   if (call.backward) call.plan.keeps = false;
   if (!call.backward) {
     KD_TRY(cudaMemsetAsync(call.workspace, 0, Workspace::zeroed, stream), name);

@@ -254,7 +254,7 @@ CudaStatus run(const char* name, void (*kernel)(Call), const Problem<float>& pro
   auto kept = [&](int64_t slots) {
     return raw(slots) + (backward || problem.log ? 0 : 2 * plane_bytes(static_cast<int>(slots)));
   };
-  Call call{plan_rows(device, problem.x.columns, Meeting::clusters, raw, kept), problem, n};
+  Call call{plan_rows(device, problem.x.columns, Meeting::clusters, false, raw, kept), problem, n};
   return launch_rows(name, kernel, call, n, device, stream);
 }
 
