@@ -23,17 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns a tile and warps a program, by chip, widest group and the number of columns up to which
-# the line is used: (columns, BLOCK, warps of 32 threads). 8 columns a thread where rows are short,
-# so that many rows run at once; 16 (two 16-byte loads from each row in flight) elsewhere. float32
-# has twice the bytes: half the columns.
-_TABLE = {
-    ("cuda", 8): ((256, 256, 1), (1024, 1024, 4), (None, 4096, 8)),
-    ("cuda", 4): ((256, 256, 2), (1024, 1024, 4), (None, 2048, 8)),
-    ("hip", 8): ((512, 512, 2), (1024, 1024, 4), (None, 4096, 8)),
-    ("hip", 4): ((256, 256, 2), (1024, 1024, 4), (None, 2048, 8)),
-}
-_TILES = 2  # tiles a chunk
+# Columns a tile, and tiles a chunk, by chip, group (8: a 16-bit dtype is among the rows', 4:
+# float32) and the number of columns up to which a line is used: (columns, BLOCK, tiles). A thread
+# has 8 columns of a tile (``warps``): 16 or 32 bytes from each row in flight, few registers, and
+# with few lanes to combine at a chunk's end. Chosen on paper; the same for every chip so far.
+_LINES = ((256, 256, 1), (1024, 1024, 1), (None, 2048, 4))
+_TABLE = {("cuda", 8): _LINES, ("cuda", 4): _LINES, ("hip", 8): _LINES, ("hip", 4): _LINES}
+_COLUMNS_A_THREAD = 8
 
 # No product is fused into a sum unless a kernel says so (tl.fma): a fused product at the head of a
 # sum over lanes, fma(a, b, shuffled c·d), gives each lane of a warp another last bit, and which one
@@ -81,13 +77,13 @@ def cut(vocab: int, *matrices: Tensor) -> Cut:
     (groups at a row's ends may not be full).
     """
     group = 16 // min(m.element_size() for m in matrices)
-    backend, arch = target()
+    backend, _ = target()
     lines = _TABLE[backend, group]
-    block, warps = next((b, w) for columns, b, w in lines if columns is None or vocab <= columns)
+    block, tiles = next((b, t) for columns, b, t in lines if columns is None or vocab <= columns)
     first = matrices[0]
     shifted = bool(first_offset(first) % group or first.stride(0) % group and first.shape[0] > 1)
     wide = tuple(_same_alignment(first, m, group) for m in matrices)
-    chunk = _TILES * block
+    chunk = tiles * block
     chunks = -(-(vocab + (group - 1 if shifted else 0)) // chunk)
     lanes = 64 if backend == "hip" else 32
     options = dict(
@@ -96,7 +92,7 @@ def cut(vocab: int, *matrices: Tensor) -> Cut:
         CHUNK=chunk,
         SHIFTED=shifted,
         RAGGED=shifted or vocab % group != 0,
-        num_warps=max(1, warps * 32 // lanes),
+        num_warps=max(1, block // _COLUMNS_A_THREAD // lanes),
         **EXACT,
     )
     return Cut(chunks, wide, options)
