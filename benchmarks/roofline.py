@@ -10,7 +10,9 @@ import argparse
 import csv
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +180,16 @@ def calibrate(counts: Counts) -> dict[str, Any]:
     parameters = fit(fitted)
     unseen = unseen_kernels(rest)
 
-    def by(attribute: str, chosen: list[Point]) -> dict[str, Any]:
-        names = sorted({getattr(point, attribute) for point in chosen})
+    def binding(point: Point) -> str:
+        return predict(point.work, CARDS[point.card], parameters).binding
+
+    def by(key: Callable[[Point], str], chosen: list[Point]) -> dict[str, Any]:
         return {
-            name: summary([p for p in chosen if getattr(p, attribute) == name], parameters)
-            for name in names
+            name: summary([p for p in chosen if key(p) == name], parameters)
+            for name in sorted({key(point) for point in chosen})
         }
+
+    card, kernel, mode = (attrgetter(name) for name in ("card", "kernel", "mode"))
 
     groups = {"fitted": fitted, "held back": held, "spilling": spilling, "host-bound": waiting}
     group_of = {id(point): name for name, chosen in groups.items() for point in chosen}
@@ -208,12 +214,13 @@ def calibrate(counts: Counts) -> dict[str, Any]:
                 "worst": max(unseen),
             },
         },
-        "by_card": by("card", rest),
-        "by_kernel": by("kernel", rest),
-        "by_mode": by("mode", rest),
-        "held_back_by_card": by("card", held),
-        "held_back_by_kernel": by("kernel", held),
-        "spilling_by_kernel": by("kernel", spilling),
+        "by_card": by(card, rest),
+        "by_kernel": by(kernel, rest),
+        "by_mode": by(mode, rest),
+        "by_limit": by(binding, rest),
+        "held_back_by_card": by(card, held),
+        "held_back_by_kernel": by(kernel, held),
+        "spilling_by_kernel": by(kernel, spilling),
         "points": [
             {
                 "kernel": point.kernel,
@@ -223,6 +230,7 @@ def calibrate(counts: Counts) -> dict[str, Any]:
                 "date": point.date,
                 "counted_version": point.version,
                 "group": group_of[id(point)],
+                "limit": binding(point),
                 "published_ms": round(point.seconds * 1e3, 4),
                 "predicted_ms": round(
                     predict(point.work, CARDS[point.card], parameters).seconds * 1e3, 4
@@ -253,6 +261,10 @@ def error_bar(calibration: dict[str, Any]) -> float:
     return max(found["held back"]["p90"], found["unseen kernel"]["p90"])
 
 
+def bound_by_memory(calibration: dict[str, Any]) -> int:
+    return sum(point["limit"] == "memory" for point in calibration["points"])
+
+
 def calibration_table(calibration: dict[str, Any]) -> str:
     """The summary in Markdown."""
     lines = [
@@ -281,7 +293,9 @@ def calibration_table(calibration: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     sections = [("", calibration["summary"])]
-    sections += [(f"{name}: ", calibration[f"by_{name}"]) for name in ("card", "kernel", "mode")]
+    sections += [
+        (f"{name}: ", calibration[f"by_{name}"]) for name in ("card", "kernel", "mode", "limit")
+    ]
     sections += [
         ("held back, ", calibration["held_back_by_card"]),
         ("held back, ", calibration["held_back_by_kernel"]),
@@ -424,8 +438,10 @@ def prediction_table(table: list[Line], calibration: dict[str, Any]) -> str:
         f"through ptxrun. {PREDICTED_ROWS} rows of bfloat16 logits. Each predicted time may be "
         f"wrong by a factor of {bar:.2f} either way: the 90th percentile of the model's error, the "
         "larger of held-back points and unseen kernels (`roofline_calibration.md`); "
-        f"{calibration['summary']['spilling']['p90']:.2f} where registers are spilled. Nobody "
-        "published timings of an H200: it takes the H100's fraction of bandwidth.",
+        f"{calibration['summary']['spilling']['p90']:.2f} where registers are spilled. "
+        f"{bound_by_memory(calibration)} of {len(calibration['points'])} published timings are "
+        "bound by memory: where another limit binds, the bar is hardly tested, and issue counts "
+        "PTX instructions, not those of the machine code. Nobody published timings of an H200: it takes the H100's fraction of bandwidth.",
         "",
         "Per element of the student's logits, on sm_90: bytes read or written, each byte once a "
         "launch; those asked for again, which L2 holds in part; special functions (ex2, lg2, rcp; "
