@@ -384,12 +384,14 @@ ARCHITECTURES = sorted({CARDS[card].arch for card in PREDICTED_CARDS})
 
 def count_all(counts: Counts, backends: list[str]) -> None:
     """Count everything that is predicted, ours anew and peers where missing, and store it."""
+    jobs = our_jobs()
     for backend in backends:
-        for name, job in our_jobs():
-            for arch in ARCHITECTURES:
+        for arch in ARCHITECTURES:
+            found = counting.count_ours_apart([job for _, job in jobs], backend, arch)
+            for (name, job), work in zip(jobs, found, strict=True):
                 key = our_key(backend, name, job, arch)
                 print(f"  {key}", file=sys.stderr)
-                counts.works[key] = counting.count_ours(job, backend, arch)
+                counts.works[key] = work
                 counts.save()
     counts.liger([(PEER, job) for arch in ARCHITECTURES for job in peer_jobs(arch)])
 
@@ -441,7 +443,8 @@ def prediction_table(table: list[Line], calibration: dict[str, Any]) -> str:
         f"{calibration['summary']['spilling']['p90']:.2f} where registers are spilled. "
         f"{bound_by_memory(calibration)} of {len(calibration['points'])} published timings are "
         "bound by memory: where another limit binds, the bar is hardly tested, and issue counts "
-        "PTX instructions, not those of the machine code. Nobody published timings of an H200: it takes the H100's fraction of bandwidth.",
+        "PTX instructions, not those of the machine code. Nobody "
+        "published timings of an H200: it takes the H100's fraction of bandwidth.",
         "",
         "Per element of the student's logits, on sm_90: bytes read or written, each byte once a "
         "launch; those asked for again, which L2 holds in part; special functions (ex2, lg2, rcp; "

@@ -419,16 +419,27 @@ def _cross_entropy_options(function: Any) -> list[Any]:
 def count_liger(version: str, jobs: list[dict[str, Any]]) -> Iterator[Work]:
     """Counts of jobs {op, mode, rows, columns, upstream, arch}, by that version in its process."""
     require()
-    environment = dict(os.environ)
-    paths = [str(install_liger(version)), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return _child(["liger", json.dumps(jobs)], [str(install_liger(version))])
+
+
+def count_ours_apart(jobs: list[dict[str, Any]], backend: str, arch: int) -> Iterator[Work]:
+    """``count_ours`` of each job in a process of its own: what CUDA host code once learned of its
+    device stays true in a process, whichever library asks.
+    """
+    require()
+    return _child(["ours", json.dumps(jobs), backend, str(arch)], [])
+
+
+def _child(arguments: list[str], paths: list[str]) -> Iterator[Work]:
+    """Runs this module as a program with more folders to import from; the counts that it prints."""
+    paths = [*paths, os.environ.get("PYTHONPATH", "")]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.roofline_counts", json.dumps(jobs)],
+            [sys.executable, "-m", "benchmarks.roofline_counts", *arguments],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
             cwd=ROOT,
         )
         assert child.stdout
@@ -436,17 +447,22 @@ def count_liger(version: str, jobs: list[dict[str, Any]]) -> Iterator[Work]:
             yield Work.from_json(json.loads(line))
         if child.wait():
             errors.seek(0)
-            raise RuntimeError(f"counting liger-kernel {version} failed:\n{errors.read()}")
+            raise RuntimeError(f"counting {' '.join(arguments)[:60]} failed:\n{errors.read()}")
 
 
-def _main() -> None:
+def _main(whose: str, jobs: str, backend: str = "", arch: str = "") -> None:
     require()
-    for job in json.loads(sys.argv[1]):
-        rows, columns, arch = job["rows"], job["columns"], job["arch"]
-        with triton_driver(arch):
-            step = liger_step(job["op"], job["mode"], rows, columns, job["upstream"])
-        print(json.dumps(count(step, arch).to_json()), flush=True)
+    for job in json.loads(jobs):
+        if whose == "ours":
+            work = count_ours(job, backend, int(arch))
+        else:
+            with triton_driver(job["arch"]):
+                step = liger_step(
+                    job["op"], job["mode"], job["rows"], job["columns"], job["upstream"]
+                )
+            work = count(step, job["arch"])
+        print(json.dumps(work.to_json()), flush=True)
 
 
 if __name__ == "__main__":
-    _main()
+    _main(*sys.argv[1:])
