@@ -10,7 +10,9 @@ import argparse
 import csv
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +180,16 @@ def calibrate(counts: Counts) -> dict[str, Any]:
     parameters = fit(fitted)
     unseen = unseen_kernels(rest)
 
-    def by(attribute: str, chosen: list[Point]) -> dict[str, Any]:
-        names = sorted({getattr(point, attribute) for point in chosen})
+    def binding(point: Point) -> str:
+        return predict(point.work, CARDS[point.card], parameters).binding
+
+    def by(key: Callable[[Point], str], chosen: list[Point]) -> dict[str, Any]:
         return {
-            name: summary([p for p in chosen if getattr(p, attribute) == name], parameters)
-            for name in names
+            name: summary([p for p in chosen if key(p) == name], parameters)
+            for name in sorted({key(point) for point in chosen})
         }
+
+    card, kernel, mode = (attrgetter(name) for name in ("card", "kernel", "mode"))
 
     groups = {"fitted": fitted, "held back": held, "spilling": spilling, "host-bound": waiting}
     group_of = {id(point): name for name, chosen in groups.items() for point in chosen}
@@ -208,12 +214,13 @@ def calibrate(counts: Counts) -> dict[str, Any]:
                 "worst": max(unseen),
             },
         },
-        "by_card": by("card", rest),
-        "by_kernel": by("kernel", rest),
-        "by_mode": by("mode", rest),
-        "held_back_by_card": by("card", held),
-        "held_back_by_kernel": by("kernel", held),
-        "spilling_by_kernel": by("kernel", spilling),
+        "by_card": by(card, rest),
+        "by_kernel": by(kernel, rest),
+        "by_mode": by(mode, rest),
+        "by_limit": by(binding, rest),
+        "held_back_by_card": by(card, held),
+        "held_back_by_kernel": by(kernel, held),
+        "spilling_by_kernel": by(kernel, spilling),
         "points": [
             {
                 "kernel": point.kernel,
@@ -223,6 +230,7 @@ def calibrate(counts: Counts) -> dict[str, Any]:
                 "date": point.date,
                 "counted_version": point.version,
                 "group": group_of[id(point)],
+                "limit": binding(point),
                 "published_ms": round(point.seconds * 1e3, 4),
                 "predicted_ms": round(
                     predict(point.work, CARDS[point.card], parameters).seconds * 1e3, 4
@@ -253,6 +261,10 @@ def error_bar(calibration: dict[str, Any]) -> float:
     return max(found["held back"]["p90"], found["unseen kernel"]["p90"])
 
 
+def bound_by_memory(calibration: dict[str, Any]) -> int:
+    return sum(point["limit"] == "memory" for point in calibration["points"])
+
+
 def calibration_table(calibration: dict[str, Any]) -> str:
     """The summary in Markdown."""
     lines = [
@@ -269,13 +281,21 @@ def calibration_table(calibration: dict[str, Any]) -> str:
         f"{HOST_BOUND * 1e6:.0f} µs on an ideal card, so that the published time is Python's; "
         "spilling: kernels whose registers ran out (ptxas of Triton here; the timed ones came "
         "from older ones). Neither is fitted. Unseen kernel: each kernel predicted by a fit "
-        "without it, over fitted and held-back points.",
+        "without it, over fitted and held-back points. The form of the model (its limits, L2's "
+        "share, which parameters there are) was chosen with all points in view; only the "
+        "parameters' values were kept from the held-back ones.",
+        "",
+        "Counted where the named release lacks the kernel that was timed: "
+        + ", ".join(f"{kernel} {a}: {b}" for (kernel, a), b in FIRST_RELEASE.items())
+        + ".",
         "",
         "| points | n | median | 90th percentile | worst |",
         "|---|---|---|---|---|",
     ]
     sections = [("", calibration["summary"])]
-    sections += [(f"{name}: ", calibration[f"by_{name}"]) for name in ("card", "kernel", "mode")]
+    sections += [
+        (f"{name}: ", calibration[f"by_{name}"]) for name in ("card", "kernel", "mode", "limit")
+    ]
     sections += [
         ("held back, ", calibration["held_back_by_card"]),
         ("held back, ", calibration["held_back_by_kernel"]),
@@ -362,15 +382,17 @@ def peer_jobs(arch: int) -> list[dict[str, Any]]:
 ARCHITECTURES = sorted({CARDS[card].arch for card in PREDICTED_CARDS})
 
 
-def count_all(counts: Counts) -> None:
+def count_all(counts: Counts, backends: list[str]) -> None:
     """Count everything that is predicted, ours anew and peers where missing, and store it."""
-    for backend in BACKENDS:
-        for name, job in our_jobs():
-            for arch in ARCHITECTURES:
+    jobs = our_jobs()
+    for backend in backends:
+        for arch in ARCHITECTURES:
+            found = counting.count_ours_apart([job for _, job in jobs], backend, arch)
+            for (name, job), work in zip(jobs, found, strict=True):
                 key = our_key(backend, name, job, arch)
                 print(f"  {key}", file=sys.stderr)
-                counts.works[key] = counting.count_ours(job, backend, arch)
-        counts.save()
+                counts.works[key] = work
+                counts.save()
     counts.liger([(PEER, job) for arch in ARCHITECTURES for job in peer_jobs(arch)])
 
 
@@ -410,19 +432,24 @@ def elementwise(work: Work) -> Work:
 def prediction_table(table: list[Line], calibration: dict[str, Any]) -> str:
     """Markdown: counts of each call, then its predicted time on each card."""
     parameters, bar = stored_parameters(calibration), error_bar(calibration)
-    head = ["kernels", "call", "V", "launches", "B", "MUFU", "FMA", "PTX", "spill"]
+    head = ["kernels", "call", "V", "launches", "B", "B again", "MUFU", "FMA", "PTX", "spill"]
     out = [
         "# Predicted times (a prediction: nothing here was timed)",
         "",
         "Made by `python -m benchmarks.roofline` from counts of kernels that ran on the CPU "
         f"through ptxrun. {PREDICTED_ROWS} rows of bfloat16 logits. Each predicted time may be "
         f"wrong by a factor of {bar:.2f} either way: the 90th percentile of the model's error, the "
-        "larger of held-back points and unseen kernels (`roofline_calibration.md`). Nobody "
+        "larger of held-back points and unseen kernels (`roofline_calibration.md`); "
+        f"{calibration['summary']['spilling']['p90']:.2f} where registers are spilled. "
+        f"{bound_by_memory(calibration)} of {len(calibration['points'])} published timings are "
+        "bound by memory: where another limit binds, the bar is hardly tested, and issue counts "
+        "PTX instructions, not those of the machine code. Nobody "
         "published timings of an H200: it takes the H100's fraction of bandwidth.",
         "",
-        "Per element of the student's logits: bytes asked of memory, special functions (ex2, lg2, "
-        "rcp; 16 a clock and multiprocessor), FMAs, PTX instructions, and bytes of registers "
-        "spilled, on sm_90. Under each card: predicted ms, the limit that binds, and the fraction "
+        "Per element of the student's logits, on sm_90: bytes read or written, each byte once a "
+        "launch; those asked for again, which L2 holds in part; special functions (ex2, lg2, rcp; "
+        "16 a clock and multiprocessor), FMAs, PTX instructions, and bytes of registers spilled "
+        "(an estimate). Under each card: predicted ms, the limit that binds, and the fraction "
         "of that limit that the predicted time is. PyTorch's operators around Liger's kernels are "
         "counted; fused_linear_jsd is without its matrix products and the gradient of its weight, "
         "at hidden size 4096.",
@@ -435,8 +462,10 @@ def prediction_table(table: list[Line], calibration: dict[str, Any]) -> str:
         elements = PREDICTED_ROWS * line.columns
         cells = [line.whose, f"{line.case}, {line.mode}", str(line.columns)]
         cells.append(str(len(work.launches)))
-        for name in ("requested", "mufu", "fma", "instructions", "spilled"):
-            cells.append(f"{work.total(name) / elements:.2f}")
+        unique = work.total("unique")
+        totals = [unique, work.total("requested") - unique]
+        totals += [work.total(name) for name in ("mufu", "fma", "instructions", "spilled")]
+        cells += [f"{total / elements:.2f}" for total in totals]
         for card in (CARDS[name] for name in PREDICTED_CARDS):
             if card.arch not in line.works:
                 cells.append("not counted")
@@ -454,7 +483,11 @@ def main() -> None:
         "--calibrate", action="store_true", help="fit and judge the model anew, store the result"
     )
     what.add_argument(
-        "--count", action="store_true", help="count our kernels anew, and peers where missing"
+        "--count",
+        nargs="?",
+        const="all",
+        choices=["all", *BACKENDS],
+        help="count our kernels anew (all, or one backend's), and peers where missing",
     )
     options = parser.parse_args()
     counts = Counts()
@@ -468,7 +501,7 @@ def main() -> None:
             print(calibration_table(calibration))
             return
         if options.count:
-            count_all(counts)
+            count_all(counts, list(BACKENDS) if options.count == "all" else [options.count])
         else:
             print(f"from the counts stored in {COUNTS.relative_to(ROOT)} (--count makes them anew)")
     except counting.Missing as e:

@@ -90,9 +90,10 @@ class _Operators(TorchDispatchMode):
         result = func(*args, **kwargs)
         if name in WAITS:
             self.waits += 1
-        if name in FREE:
-            return result
         after = _storages(result)
+        # Ours are made of launches that are noted already.
+        if name in FREE or func.namespace == "kdkernels" or not (after or name in WAITS):
+            return result
         size = float(sum(after.values()))
         if name in PASSES:
             asked, different = (times * size for times in PASSES[name])
@@ -153,19 +154,22 @@ def from_stats(stats: Any, module: Any, sizes: dict[str, int], arch: int) -> Lau
             continue
         # Arguments that are the same tensor share a label, "a|b".
         size = max((sizes[part] for part in label.split("|") if part in sizes), default=None)
-        for moved in (traffic.read, traffic.written + traffic.atomic):
-            requested += moved
-            unique += moved if size is None else min(moved, size)
+        # Sectors, as a warp's threads that read one number ask for it once.
+        asked = 32 * traffic.sectors
+        requested += asked
+        moved = (traffic.read, traffic.written + traffic.atomic)
+        unique += asked if size is None else min(asked, sum(min(part, size) for part in moved))
     threads = stats.block[0] * stats.block[1] * stats.block[2]
     blocks = stats.grid[0] * stats.grid[1] * stats.grid[2]
     instructions = sum(stats.opcodes.values())
     registers, spilled = _assembled(module, stats.kernel, arch)
     if spilled:
-        # ptxas counts the spill instructions of the text; one in a loop runs as often as the loop.
-        text = len(module.kernel(stats.kernel).unit.instructions)
-        spilled *= max(1.0, instructions / (blocks * threads) / text) * blocks * threads
+        # ptxas counts the spill instructions of the text; here each runs as often as the average
+        # instruction does, which is an estimate.
+        spilled *= instructions / len(module.kernel(stats.kernel).unit.instructions)
     return Launch(
-        name=stats.kernel,
+        # C++: without the part that nvcc makes anew for each build
+        name=re.sub(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_\w*?_[0-9a-f]{8}(?=\d)", "", stats.kernel),
         kernel=True,
         requested=requested,
         unique=unique,
@@ -415,16 +419,27 @@ def _cross_entropy_options(function: Any) -> list[Any]:
 def count_liger(version: str, jobs: list[dict[str, Any]]) -> Iterator[Work]:
     """Counts of jobs {op, mode, rows, columns, upstream, arch}, by that version in its process."""
     require()
-    environment = dict(os.environ)
-    paths = [str(install_liger(version)), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return _child(["liger", json.dumps(jobs)], [str(install_liger(version))])
+
+
+def count_ours_apart(jobs: list[dict[str, Any]], backend: str, arch: int) -> Iterator[Work]:
+    """``count_ours`` of each job in a process of its own: what CUDA host code once learned of its
+    device stays true in a process, whichever library asks.
+    """
+    require()
+    return _child(["ours", json.dumps(jobs), backend, str(arch)], [])
+
+
+def _child(arguments: list[str], paths: list[str]) -> Iterator[Work]:
+    """Runs this module as a program with more folders to import from; the counts that it prints."""
+    paths = [*paths, os.environ.get("PYTHONPATH", "")]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.roofline_counts", json.dumps(jobs)],
+            [sys.executable, "-m", "benchmarks.roofline_counts", *arguments],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
             cwd=ROOT,
         )
         assert child.stdout
@@ -432,17 +447,22 @@ def count_liger(version: str, jobs: list[dict[str, Any]]) -> Iterator[Work]:
             yield Work.from_json(json.loads(line))
         if child.wait():
             errors.seek(0)
-            raise RuntimeError(f"counting liger-kernel {version} failed:\n{errors.read()}")
+            raise RuntimeError(f"counting {' '.join(arguments)[:60]} failed:\n{errors.read()}")
 
 
-def _main() -> None:
+def _main(whose: str, jobs: str, backend: str = "", arch: str = "") -> None:
     require()
-    for job in json.loads(sys.argv[1]):
-        rows, columns, arch = job["rows"], job["columns"], job["arch"]
-        with triton_driver(arch):
-            step = liger_step(job["op"], job["mode"], rows, columns, job["upstream"])
-        print(json.dumps(count(step, arch).to_json()), flush=True)
+    for job in json.loads(jobs):
+        if whose == "ours":
+            work = count_ours(job, backend, int(arch))
+        else:
+            with triton_driver(job["arch"]):
+                step = liger_step(
+                    job["op"], job["mode"], job["rows"], job["columns"], job["upstream"]
+                )
+            work = count(step, job["arch"])
+        print(json.dumps(work.to_json()), flush=True)
 
 
 if __name__ == "__main__":
-    _main()
+    _main(*sys.argv[1:])

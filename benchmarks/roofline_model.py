@@ -55,9 +55,10 @@ PREDICTED_CARDS = ("A100", "H100", "H200", "B200")
 class Launch:
     """Counts of one launch, of a Triton or CUDA kernel or of one of PyTorch's own operators.
 
-    `requested`: bytes of global memory that the program asks for. `unique`: the same, each byte of
-    each tensor once for reading and once for writing. Of PyTorch's operators only `requested` is
-    known (from tensor sizes, see roofline_counts.PASSES); they are bound by memory.
+    `requested`: bytes of the 32-byte sectors of global memory that the program's warps ask for.
+    `unique`: the same, each byte of each tensor once for reading and once for writing. PyTorch's
+    operators have only these two (from tensor sizes, see roofline_counts.PASSES); memory binds
+    them.
     """
 
     name: str

@@ -332,8 +332,8 @@ def installed(arch: str = "sm_90", root: pathlib.Path = ROOT):
     implementation = Implementation(library(arch, root))
     original = _backend.implementation
 
-    def chosen(name, *rest):
-        return implementation if name == "cpp" else original(name, *rest)
+    def chosen(backend, op, reference):
+        return getattr(implementation, op) if backend == "cpp" else original(backend, op, reference)
 
     with (
         mock.patch.object(_backend, "choose", lambda *args: ("cpp", "emulated")),
