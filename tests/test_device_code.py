@@ -143,7 +143,7 @@ def test_without_nvcc_it_is_refused_in_plain_words(monkeypatch, capsys):
         pytest.param(
             "cuda",
             marks=pytest.mark.xfail(
-                strict=True, reason="a called function saves registers: 12 accesses a kernel"
+                strict=True, reason="12 accesses of the stack for calls; ptxas -v: 0 bytes spilled"
             ),
         ),
     ],
