@@ -72,7 +72,9 @@ class Row:
     source: str
     kernel: str
     registers: int
-    spills: int  # loads and stores of local memory, which is what spilled registers become
+    # Loads and stores of local memory, which is what spilled registers become, and registers that a
+    # function which is called, not inlined, saves.
+    spills: int
     loads_16: int  # of global memory, and copies from it to shared memory, by bytes
     loads_8: int
     loads_4: int
