@@ -308,7 +308,7 @@ struct Team : Crew {
         __threadfence();
         unsigned* arrived = workspace->arrived + first;
         atomicAdd(arrived, 1);
-        while (atomicAdd(arrived, 0) < exchanges * blocks) {
+        while (*static_cast<volatile unsigned*>(arrived) < exchanges * blocks) {
         }
         __threadfence();
       }

@@ -30,8 +30,9 @@ inline CudaStatus failure(cudaError_t code, const char* kernel, const char* doin
     if (code_ != cudaSuccess) return failure(code_, kernel, #call, ""); \
   } while (0)
 
-// What the current device can hold, asked once per device.
-inline CudaStatus current_device(const char* kernel, Device* out) {
+// What the current device can hold, asked once per device (static, not inline: an inline function has
+// one cache in the whole process, even for libraries of other devices under ptxrun).
+static CudaStatus current_device(const char* kernel, Device* out) {
   constexpr int most = 64;
   static std::mutex mutex;
   static Device known[most];

@@ -9,7 +9,6 @@ per argument, opcodes, faults.
 
 import contextlib
 import ctypes
-import functools
 import pathlib
 import sys
 from types import SimpleNamespace
@@ -126,9 +125,11 @@ def _parameter(value: float | None, tensor: torch.Tensor | None) -> _Parameter:
     return _Parameter(0.0, tensor.data_ptr(), 0 if tensor.numel() == 1 else 1)
 
 
-@functools.cache
 def library(arch: str, root: pathlib.Path = ROOT) -> ctypes.CDLL:
-    """The launchers and kernels of a source tree, built for `arch` and ptxrun's CUDA runtime."""
+    """The launchers and kernels of a source tree, built for `arch` and ptxrun's CUDA runtime.
+
+    Loaded anew each time (built once): ptxrun's device is that of the library loaded last.
+    """
     import ptxrun
 
     lib = ptxrun.load_cuda_library(
