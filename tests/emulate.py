@@ -30,7 +30,7 @@ SOURCES = (
     "csrc/softmax/cuda.cu",
     "tests/emulate_shim.cpp",
 )
-_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/dtype.h
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/dtype.h
 
 
 class DeviceError(RuntimeError):

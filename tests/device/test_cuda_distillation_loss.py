@@ -263,9 +263,9 @@ def test_cluster_and_shared_memory():
     assert 8 * launch.shared_bytes >= 4 * 128256  # resident
 
 
-def test_a_refused_launch_is_reported_with_its_kernel():
+def test_a_refused_call_is_reported_with_its_kernel():
     student, teacher = pair(1, 131)
-    with pytest.raises(emulate.DeviceError, match="distillation_loss forward_kl.*float64"):
+    with pytest.raises(emulate.DeviceError, match="distillation_loss: float64 logits"):
         emulate.cuda(kdkernels.distillation_loss, student.double(), teacher.double())
 
 
@@ -303,6 +303,20 @@ def test_a_broken_copy_is_caught(tree, tmp_path, file, right, wrong):
     except ptxrun.KernelFault:
         return
     assert record.faults
+
+
+def test_a_failed_launch_is_reported_with_kernel_and_shape(tree, tmp_path):
+    """Blocks of 2048 threads, which no chip takes."""
+    root = tmp_path / "copy"
+    shutil.copytree(tree, root)
+    text = (root / "csrc/launch.cuh").read_text()
+    right = "config.blockDim = dim3(kThreads);"
+    assert text.count(right) == 1
+    (root / "csrc/launch.cuh").write_text(text.replace(right, "config.blockDim = dim3(2048);"))
+    student, teacher = pair(1, 131)
+    message = "distillation_loss forward_kl: launch failed: .*; grid 1, block .* shared memory"
+    with pytest.raises(emulate.DeviceError, match=message):
+        emulate.cuda(kdkernels.distillation_loss, student, teacher, root=root)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
