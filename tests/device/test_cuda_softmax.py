@@ -11,7 +11,8 @@ REASON = emulate.missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-# 1: nothing to normalise; 131: a warp a row, rows that start anywhere in a chunk; 2056: a block a row;
+# 1: nothing to normalise; 131: a warp a row, rows that start anywhere in a chunk; 2056: a block
+# a row;
 # 50257 (odd): a cluster on sm_90.
 @pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
 @pytest.mark.parametrize(
