@@ -2,8 +2,8 @@
 
 ``cuda(op, *args, arch=, check=, **options) -> (result, record)`` takes a public op of kdkernels
 with the op's own arguments. The op's Python checks and autograd are the real ones; what would be
-dispatched to the compiled library is handed, as Problem<float>, to the launchers of csrc/,
-compiled for ptxrun's CUDA runtime, which runs nvcc's PTX on the CPU. ``record`` is ptxrun's: launches, bytes
+dispatched to the compiled library is handed, as Problem<float>, to the launchers of csrc/, compiled
+for ptxrun's CUDA runtime, which runs nvcc's PTX on the CPU. ``record`` is ptxrun's: launches, bytes
 per argument, opcodes, faults.
 """
 
