@@ -13,7 +13,9 @@ struct Parameter {
   double value = 0;
   const Real* data = nullptr;
   int64_t stride = 0;
-  KD_INLINE Real at(int64_t row) const { return data ? data[row * stride] : static_cast<Real>(value); }
+  KD_INLINE Real at(int64_t row) const {
+    return data ? data[row * stride] : static_cast<Real>(value);
+  }
 };
 
 // N rows of logits or of their gradient; strides in elements, columns contiguous.

@@ -4,8 +4,8 @@
 // A *team* works on a row: a warp (short rows), a block, or several blocks, which are a cluster
 // where the chip has clusters and blocks of a cooperative launch where it has not. A row is cut
 // into slots of eight columns; a thread owns every n-th slot of its block's share, in every sweep.
-// Which column belongs to whom, and so the order of every sum, depends on the number of columns, the
-// dtypes and the chip, never on where a row lies or what lies beside it.
+// Which column belongs to whom, and so the order of every sum, depends on the number of columns,
+// the dtypes and the chip, never on where a row lies or what lies beside it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -51,7 +51,9 @@ struct Area {
   int plane;  // bytes from the first half of a float slot to the second; 0 for 16-bit
 };
 
-__host__ __device__ inline int plane_bytes(int slots) { return (slots * 16 + 127) / 128 * 128 + 64; }
+__host__ __device__ inline int plane_bytes(int slots) {
+  return (slots * 16 + 127) / 128 * 128 + 64;
+}
 __host__ __device__ inline int area_bytes(int slots, int64_t size) {
   // One chunk more than the slots have: rows that start in the middle of one.
   return size == 4 ? 2 * plane_bytes(slots + 1) : (slots * 16 + 16 + 127) / 128 * 128;
@@ -106,7 +108,8 @@ __device__ __forceinline__ void load_floats(const Area& area, int slot, float (&
 }
 
 __device__ __forceinline__ void store_floats(const Area& area, int slot, const float (&x)[kSlot]) {
-  *reinterpret_cast<float4*>(shared_memory + area.data + slot * 16) = make_float4(x[0], x[1], x[2], x[3]);
+  *reinterpret_cast<float4*>(shared_memory + area.data + slot * 16) =
+      make_float4(x[0], x[1], x[2], x[3]);
   *reinterpret_cast<float4*>(shared_memory + area.data + area.plane + slot * 16) =
       make_float4(x[4], x[5], x[6], x[7]);
 }
@@ -190,7 +193,8 @@ __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
 #endif
 }
 
@@ -205,8 +209,8 @@ __device__ __forceinline__ float rescale(float from, float to, float c) {
   return exp2_hardware((from - to) * c);
 }
 
-// The logarithm of a sum of exponentials relative to their maximum, from that sum less 1: near 1 its
-// digits are there.
+// The logarithm of a sum of exponentials relative to their maximum, from that sum less 1: near 1
+// its digits are there.
 __device__ __forceinline__ float log_of_sum(double less_one) {
   float f = static_cast<float>(less_one);
   return f >= 0 && f < 0.4f ? f * log1p_ratio(f) : log(static_cast<float>(less_one + 1));
@@ -356,8 +360,8 @@ struct Piece {
   __device__ __forceinline__ char* at(int j) const { return data - shift() + j * 16; }
 };
 
-// Calls, not inlined: they happen once a tile, and their addresses would be held in registers through
-// every sweep.
+// Calls, not inlined: they happen once a tile, and their addresses would be held in registers
+// through every sweep.
 
 // Copies a piece as it lies, chunk by aligned chunk; columns of its last slots behind its end are
 // −inf. To be followed by wait_for_copies, a sync and `straighten`.

@@ -200,8 +200,7 @@ struct AlphaBeta : Plain {
                 (quotient(expm1_minus(k * d), k) - quotient(expm1_minus(beta * d), beta));
     Real far = quotient(beta * p_k + alpha * q_k - k * mixed, k * alpha * beta);
     bool small = absolute(k * d) < Real(0.25);
-    return {small ? near : far,
-            quotient(small ? -p_k * expm1(-alpha * d) : p_k - mixed, alpha),
+    return {small ? near : far, quotient(small ? -p_k * expm1(-alpha * d) : p_k - mixed, alpha),
             quotient(small ? -q_k * expm1(beta * d) : q_k - mixed, beta)};
   }
 };

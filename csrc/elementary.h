@@ -270,8 +270,8 @@ KD_INLINE Real log1p_nonpositive(Real y) {
   return y <= 0 ? result : y;
 }
 
-// x/y; on a device by the hardware's reciprocal (2 units in the last place), since nothing that ends
-// in a loss or a gradient has more digits.
+// x/y; on a device by the hardware's reciprocal (2 units in the last place), since nothing that
+// ends in a loss or a gradient has more digits.
 template <class Real>
 KD_INLINE Real quotient(Real x, Real y) {
 #if defined(__CUDA_ARCH__)

@@ -24,14 +24,14 @@ inline CudaStatus failure(cudaError_t code, const char* kernel, const char* doin
   return status;
 }
 
-#define KD_TRY(call, kernel)                                           \
-  do {                                                                 \
-    cudaError_t code_ = (call);                                        \
+#define KD_TRY(call, kernel)                                            \
+  do {                                                                  \
+    cudaError_t code_ = (call);                                         \
     if (code_ != cudaSuccess) return failure(code_, kernel, #call, ""); \
   } while (0)
 
-// What the current device can hold, asked once per device (static, not inline: an inline function has
-// one cache in the whole process, even for libraries of other devices under ptxrun).
+// What the current device can hold, asked once per device (static, not inline: an inline function
+// has one cache in the whole process, even for libraries of other devices under ptxrun).
 static CudaStatus current_device(const char* kernel, Device* out) {
   constexpr int most = 64;
   static std::mutex mutex;
@@ -63,16 +63,17 @@ static CudaStatus current_device(const char* kernel, Device* out) {
   return {};
 }
 
-constexpr int kStatic = 4096;        // at least the static shared memory of any kernel here
-constexpr int kReserved = 1024;      // what the driver takes of a block
-constexpr int kWarpColumns = 1024;   // rows up to this length have a warp each
+constexpr int kStatic = 4096;       // at least the static shared memory of any kernel here
+constexpr int kReserved = 1024;     // what the driver takes of a block
+constexpr int kWarpColumns = 1024;  // rows up to this length have a warp each
 
 // How the blocks of a row combine their sums: not at all, in clusters only (no workspace), or in
 // clusters where the chip has them and through device memory where it has not.
 enum class Meeting { none, clusters, anywhere };
 
 // prefers_kept: a third sweep would compute exponentials and terms again, which is worth a block
-// alone on its multiprocessor. raw(slots): bytes of a share as it is staged; kept(slots): with the floats that save exponentials.
+// alone on its multiprocessor. raw(slots): bytes of a share as it is staged; kept(slots): with the
+// floats that save exponentials.
 template <class Raw, class Kept>
 Plan plan_rows(const Device& device, int64_t columns, Meeting meeting, bool prefers_kept, Raw raw,
                Kept kept) {
@@ -115,8 +116,8 @@ Plan plan_rows(const Device& device, int64_t columns, Meeting meeting, bool pref
             fewest(1, max_blocks, false, half);
   } else {
     // Blocks that meet in device memory only where one cannot hold the row.
-    found = fewest(1, 1, true, half) || fewest(1, 1, false, most) ||
-            fewest(2, max_blocks, false, half);
+    found =
+        fewest(1, 1, true, half) || fewest(1, 1, false, most) || fewest(2, max_blocks, false, half);
   }
   if (!found && !fewest(1, max_blocks, false, most)) {
     // Not even all of them hold the row: tile by tile.

@@ -1,7 +1,7 @@
 """The CUDA implementation of an op on CPU tensors, through its own launchers and ptxrun.
 
-``cuda(op, *args, arch=, check=, **options) -> (result, record)`` takes a public op of kdkernels with
-the op's own arguments. The op's Python checks and autograd are the real ones; what would be
+``cuda(op, *args, arch=, check=, **options) -> (result, record)`` takes a public op of kdkernels
+with the op's own arguments. The op's Python checks and autograd are the real ones; what would be
 dispatched to the compiled library is handed, as Problem<float>, to the launchers of csrc/, compiled
 for ptxrun's CUDA runtime, which runs nvcc's PTX on the CPU. ``record`` is ptxrun's: launches, bytes
 per argument, opcodes, faults.
@@ -30,7 +30,7 @@ SOURCES = (
     "csrc/softmax/cuda.cu",
     "tests/emulate_shim.cpp",
 )
-_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/dtype.h
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/dtype.h
 
 
 class DeviceError(RuntimeError):

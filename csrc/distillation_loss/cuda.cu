@@ -1,7 +1,6 @@
 // The launchers of distillation_loss: choose a kernel and its launch, no more.
-#include "cuda.h"
-
 #include "../launch.cuh"
+#include "cuda.h"
 #include "rows.cuh"
 
 namespace kd {

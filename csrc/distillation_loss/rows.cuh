@@ -215,7 +215,8 @@ struct RowKernel : Share {
     bool is_staged = false;
     if (!call.backward) {
       statistics();
-      if (std::is_same_v<D, Renyi> && row.reads_teacher && row.effective == Divergence::renyi) log_b();
+      if (std::is_same_v<D, Renyi> && row.reads_teacher && row.effective == Divergence::renyi)
+        log_b();
       is_staged = tiles() == 1;
     }
     // Terms, then gradient; where ΣG is known the first writes the gradient too.
@@ -255,9 +256,12 @@ struct RowKernel : Share {
     row.writes = row.reads_mean = row.is_empty = row.stats_kd = row.stats_ce = false;
     RowOptions<float>& o = row.options;
     if (call.backward) {
-      o = {p.line(kKdScale, i),     p.line(kCeScale, i),
-           p.line(kZScale, i),      p.line(kTemperature, i),
-           p.line(kTeacherTemperature, i), p.line(kFirst, i),
+      o = {p.line(kKdScale, i),
+           p.line(kCeScale, i),
+           p.line(kZScale, i),
+           p.line(kTemperature, i),
+           p.line(kTeacherTemperature, i),
+           p.line(kFirst, i),
            p.line(kSecond, i)};
     } else {
       int mask = mask_of(p, i);
@@ -365,8 +369,8 @@ struct RowKernel : Share {
       if (row.excludes) {
         float rest = all.maxima.student, both = fmaxf(rest, row.student_label);
         row.unit.anchor = anchored(both);
-        unit_sum = unit_sum * rescale(rest, both, log2_e<float>) +
-                   row.unit.exponential(row.student_label);
+        unit_sum =
+            unit_sum * rescale(rest, both, log2_e<float>) + row.unit.exponential(row.student_label);
         if (!row.reads_teacher) row.student.anchor = row.unit.anchor;  // for backward
       }
       row.unit.set(unit_sum);
@@ -554,8 +558,7 @@ struct RowKernel : Share {
     team.exchange(all);
     if (team.thread == 0) {
       bool infinite = all.maximum == infinity<float>();
-      row.weights.log_b =
-          infinite ? all.maximum : anchored(all.maximum) + log_of_sum(all.sum - 1);
+      row.weights.log_b = infinite ? all.maximum : anchored(all.maximum) + log_of_sum(all.sum - 1);
     }
     team.sync();
   }
@@ -586,8 +589,7 @@ struct RowKernel : Share {
   // p of a slot. Never fused into a difference of probabilities, which is 0 where they are equal.
   __device__ __forceinline__ static void probabilities(const Softmax& softmax, bool is_kept,
                                                        const Area& kept, int slot,
-                                                       const float (&x)[kSlot],
-                                                       float (&p)[kSlot]) {
+                                                       const float (&x)[kSlot], float (&p)[kSlot]) {
     if (is_kept) {
       load_floats(kept, slot, p);
     } else {
@@ -789,7 +791,8 @@ __device__ __forceinline__ void add_up(const Call& call, Team& team, bool* last)
 }
 
 template <class D>
-__global__ void __launch_bounds__(kThreads, 3) distillation_rows(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, 3)
+    distillation_rows(const __grid_constant__ Call call) {
   __shared__ Mailbox mailbox;
   __shared__ Row rows[kWarps];
   __shared__ bool last;

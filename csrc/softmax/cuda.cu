@@ -1,7 +1,6 @@
 // softmax and log_softmax on CUDA; as csrc/softmax/kernels.h, with a row's share in shared memory.
-#include "cuda.h"
-
 #include "../launch.cuh"
+#include "cuda.h"
 #include "problem.h"
 
 namespace kd::softmax {

@@ -63,7 +63,8 @@ def test_every_divergence(name, parameters):
 
 
 # What each is for: 1 and 2, almost nothing in a slot; 31, less than a warp's first slots; 1000, a
-# warp a row with several slots a lane; 1031, the first size with a block a row; 4099, mixed dtypes in
+# warp a row with several slots a lane; 1031, the first size with a block a row; 4099, mixed
+# dtypes in
 # rows that start anywhere; 32000 and 50257 (odd), clusters; 128256, a cluster of eight.
 SHAPES = [
     ("jsd", (3, 1), HALF),
@@ -95,7 +96,7 @@ def test_sm_80(shape):
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "dkd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_label_terms(name, temperature):
-    """At temperature 1 the label terms share the student's softmax; elsewhere they have their own."""
+    """At temperature 1 the label terms share the student's softmax; else they have their own."""
     student, teacher = pair(4, 131)
     options = dict(ce_weight=0.5, label_smoothing=0.1, z_loss_weight=0.01, temperature=temperature)
     check(student, teacher, labels_for(student), name=name, **options)
@@ -185,8 +186,8 @@ def test_in_place_and_its_upstream_factor():
 
 @pytest.mark.parametrize("arch, vocab", [("sm_90", 131), ("sm_90", 50257), ("sm_80", 50257)])
 def test_same_bits_whatever_the_schedule_and_the_rows_beside(arch, vocab):
-    """A warp a row; a cluster; blocks that meet in device memory. The last row, alone and copied, has
-    another alignment.
+    """A warp a row; a cluster; blocks that meet in device memory. The last row, alone and copied,
+    has another alignment.
     """
     import ptxrun
 
@@ -217,7 +218,8 @@ def test_hardware_approximations_at_their_worst():
         torch.testing.assert_close(grad.double(), expected[1], rtol=1e-4, atol=1e-9)
 
 
-# bytes: 4 forward, 6 backward, 6 in one pass, at most 1 % over. Exponentials: 2 where they are kept;
+# bytes: 4 forward, 6 backward, 6 in one pass, at most 1 % over. Exponentials: 2 where they are
+# kept;
 # 4 where forward KL computes them again.
 @pytest.mark.parametrize(
     "name, rows, vocab, exponentials",
@@ -263,9 +265,9 @@ def test_cluster_and_shared_memory():
     assert 8 * launch.shared_bytes >= 4 * 128256  # resident
 
 
-def test_a_refused_launch_is_reported_with_its_kernel():
+def test_a_refused_call_is_reported_with_its_kernel():
     student, teacher = pair(1, 131)
-    with pytest.raises(emulate.DeviceError, match="distillation_loss forward_kl.*float64"):
+    with pytest.raises(emulate.DeviceError, match="distillation_loss: float64 logits"):
         emulate.cuda(kdkernels.distillation_loss, student.double(), teacher.double())
 
 
@@ -297,12 +299,24 @@ def test_a_broken_copy_is_caught(tree, tmp_path, file, right, wrong):
     (root / file).write_text(text.replace(right, wrong))
     student, teacher = pair(1, 1031)
     try:
-        _, record = emulate.cuda(
-            kdkernels.distillation_loss_and_grad, student, teacher, root=root
-        )
+        _, record = emulate.cuda(kdkernels.distillation_loss_and_grad, student, teacher, root=root)
     except ptxrun.KernelFault:
         return
     assert record.faults
+
+
+def test_a_failed_launch_is_reported_with_kernel_and_shape(tree, tmp_path):
+    """Blocks of 2048 threads, which no chip takes."""
+    root = tmp_path / "copy"
+    shutil.copytree(tree, root)
+    text = (root / "csrc/launch.cuh").read_text()
+    right = "config.blockDim = dim3(kThreads);"
+    assert text.count(right) == 1
+    (root / "csrc/launch.cuh").write_text(text.replace(right, "config.blockDim = dim3(2048);"))
+    student, teacher = pair(1, 131)
+    message = "distillation_loss forward_kl: launch failed: .*; grid 1, block .* shared memory"
+    with pytest.raises(emulate.DeviceError, match=message):
+        emulate.cuda(kdkernels.distillation_loss, student, teacher, root=root)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -310,7 +324,15 @@ def test_no_spills(arch, tmp_path):
     import ptxrun.build
 
     source = emulate.ROOT / "csrc" / "distillation_loss" / "cuda_kl.cu"
-    nvcc = [ptxrun.build.find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
+    nvcc = [
+        ptxrun.build.find_nvcc(),
+        "-std=c++17",
+        "-O3",
+        f"-arch={arch}",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+    ]
     done = subprocess.run(
         [*map(str, nvcc), str(source), "-o", str(tmp_path / "x.cubin")],
         capture_output=True,
