@@ -56,7 +56,7 @@ torch.library.register_fake("kdkernels::linear_distillation_loss")(
 )
 
 # Bytes of the buffers that the chunks go through, where nobody says: see _chunk_rows.
-DEFAULT_MEMORY_BUDGET = 64 * 2**20
+DEFAULT_MEMORY_BUDGET = 128 * 2**20
 
 
 def linear_distillation_loss(
@@ -100,8 +100,8 @@ def linear_distillation_loss(
         student_softcap, teacher_softcap: c > 0 makes the logits c·tanh(z/c) (Gemma 2).
         student_logit_scale, teacher_logit_scale: z = scale·(hidden @ weight.T + bias), before the
             softcap (Cohere).
-        chunk_rows: tokens whose logits exist at a time; default from ``memory_budget``.
-        memory_budget: bytes of the chunks' buffers, at least one row; default 64 MiB. The float32
+        chunk_rows: tokens whose logits exist at a time, at most; default from ``memory_budget``.
+        memory_budget: bytes of the chunks' buffers, at least one row; default 128 MiB. The float32
             sum of the weight's gradient comes on top.
         teacher_grad: also give the teacher's tensors their gradients; else they are detached.
         backend: None chooses (``kdkernels.explain``); it serves the rows, matrix products are

@@ -33,13 +33,20 @@ def mm_float32_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad times a 0-d factor in another dtype, rounded once; an exact 0 stays 0.
+    """grad (rows, columns) or (rows,) times a 0-d factor in another dtype, rounded once.
 
-    A tile at a time: torch.mul into another dtype makes a whole temporary.
+    A tile at a time through one buffer: torch.mul into another dtype makes a whole temporary, and
+    a fresh one a tile costs more than the product.
     """
+    factor = factor.to(grad.dtype)
+    if dtype == grad.dtype:
+        return grad * factor
     result = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    for i in _tiles(len(grad)):
-        result[i] = torch.where(grad[i] == 0, grad[i], grad[i] * factor.to(grad.dtype))
+    step = max(1, 2**17 // (grad[:1].numel() or 1))
+    buffer = torch.empty_like(grad[:step])
+    for start in range(0, len(grad), step):
+        tile = grad[start : start + step]
+        result[start : start + step] = torch.mul(tile, factor, out=buffer[: len(tile)])
     return result
 
 
@@ -134,7 +141,9 @@ class _Head:
             rounded = self._buffer("rounded", len(by_logits), torch.bfloat16)
             by_logits = rounded.copy_(by_logits)
         if self.wants_hidden:
-            chunk = self.weight.new_empty(len(by_logits), self.weight.shape[1], dtype=self.dtype)
+            # bfloat16 to bfloat16 is one rounding too, and torch.mm's is the faster product.
+            dtype = self.operands if self.operands == self.by_hidden.dtype else self.dtype
+            chunk = self.weight.new_empty(len(by_logits), self.weight.shape[1], dtype=dtype)
             self._product(chunk, by_logits, self.weight, accumulate=False)
             self.by_hidden[rows] = chunk.to(self.by_hidden.dtype)
         if self.wants_weight:
@@ -380,15 +389,17 @@ def _divide(
 
 
 def _chunks(n: int, chunk_rows: int, counts: Tensor) -> Iterator[tuple[Any, int]]:
-    """(rows, how many) of each chunk. On the CPU rows that do not count are left out; elsewhere
-    that would take a host synchronisation.
+    """(rows, how many) of each chunk, all of about one size. On the CPU rows that do not count are
+    left out; elsewhere that would take a host synchronisation.
     """
     numbers = None
     if counts.device.type == "cpu" and not bool(counts.all()):
         numbers = counts.nonzero()[:, 0]
         n = len(numbers)
-    for start in range(0, n, chunk_rows):
-        stop = min(start + chunk_rows, n)
+    chunks = -(-n // chunk_rows)
+    size = -(-n // chunks) if chunks else 1
+    for start in range(0, n, size):
+        stop = min(start + size, n)
         rows = slice(start, stop) if numbers is None else numbers[start:stop]
         yield rows, stop - start
 
