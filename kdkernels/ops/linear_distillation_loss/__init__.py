@@ -223,9 +223,9 @@ class LinearDistillationLoss(nn.Module):
             **{**self.options, **options},
         )
 
-    def _head_tensors(self, teacher: bool = True) -> dict[str, Tensor | None]:
+    def _head_tensors(self, teacher: bool = True) -> dict[str, Any]:
         """Read at each call: adapters are attached, and parameters replaced, at any time."""
-        result: dict[str, Tensor | None] = {}
+        result: dict[str, Any] = {}
         for name, head in zip(("student", "teacher"), self._heads, strict=True):
             if head is None or (name == "teacher" and not teacher):
                 continue
