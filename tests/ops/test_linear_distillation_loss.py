@@ -769,6 +769,34 @@ def test_float16_gradient_survives_until_the_upstream_factor(backend):
     assert_same(gradients(loss, tensors, factor)[:2], gradients(want, tensors, factor)[:2], 2e-3)
 
 
+def test_data_parallel(backend, tmp_path):
+    """DDP's hooks see one gradient a parameter, and the same one as without it."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        head, teacher = nn.Linear(HS, V), nn.Linear(HT, V)
+        body = nn.Linear(5, HS)
+        loss = kdkernels.LinearDistillationLoss(head, teacher, backend=backend)
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.head = body, head
+
+            def forward(self, x, of_teacher):
+                return loss(self.body(x), of_teacher)
+
+        model = Model()
+        batch = torch.randn(N, 5), torch.randn(N, HT)
+        want = torch.autograd.grad(model(*batch), list(model.parameters()))
+        nn.parallel.DistributedDataParallel(model)(*batch).backward()
+        for parameter, grad in zip(model.parameters(), want, strict=True):
+            assert torch.equal(parameter.grad, grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ---- compiled ----------------------------------------------------------------------------------
 
 

@@ -24,7 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...divergences import Divergence, Parameter, resolve
 from .. import _backend
-from .._common import check_floats, no_double_backward, option_pair, two_dimensional
+from .._common import (
+    check_floats,
+    check_names,
+    no_double_backward,
+    option_pair,
+    two_dimensional,
+)
 from . import reference
 
 # What the ops take after the logits, and linear_distillation_loss's after its heads.
@@ -194,6 +200,9 @@ def distillation_loss(
     return (loss, _stats(rows, call.leading)) if return_stats else loss
 
 
+_KEYWORDS = [*inspect.signature(distillation_loss).parameters][3:]
+
+
 def distillation_loss_and_grad(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options: Any
 ) -> tuple:
@@ -209,7 +218,7 @@ def distillation_loss_and_grad(
         (loss, student_grad), then the teacher's gradient with ``teacher_grad=True``, then
         DistillationStats with ``return_stats=True``. Gradients have their logits' shape and dtype.
     """
-    _check_names("distillation_loss_and_grad", options)
+    check_names("distillation_loss_and_grad", options, _KEYWORDS)
     call = _prepare(student_logits, teacher_logits, labels, **options)
     with torch.no_grad():
         if options.get("inplace", False):
@@ -258,7 +267,7 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, **options: Any):
         super().__init__()
-        _check_names("DistillationLoss", options)
+        check_names("DistillationLoss", options, _KEYWORDS)
         if "divergence" in options:
             resolve(options["divergence"])
         self.options = options
@@ -284,13 +293,6 @@ def explain(student_logits: Tensor, backend: str | None = None) -> str:
     """
     name, why = _backend.choose(backend, student_logits.device)
     return f"{name}: {why}"
-
-
-def _check_names(function: str, options: dict[str, Any]) -> None:
-    accepted = [*inspect.signature(distillation_loss).parameters][3:]
-    for name in options:
-        if name not in accepted:
-            raise TypeError(f"{function} got {name!r}; accepted: {', '.join(accepted)}")
 
 
 class _Call(NamedTuple):

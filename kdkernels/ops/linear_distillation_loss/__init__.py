@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from .. import _backend
-from .._common import check_floats, no_double_backward
+from .._common import check_floats, check_names, no_double_backward
 from ..distillation_loss import (
     OPTION_NAMES,
     OPTIONS,
@@ -135,7 +135,7 @@ def linear_distillation_loss(
         teacher_bias,
         teacher_logits,
     )
-    _check_names("linear_distillation_loss", options, _OPTIONS)
+    check_names("linear_distillation_loss", options, _OPTIONS)
     vocab = _check_heads(heads, options.get("vocab_size"))
     chosen, _ = _backend.choose(backend, student_hidden.device)
     check_flags(teacher_grad=teacher_grad)
@@ -203,7 +203,7 @@ class LinearDistillationLoss(nn.Module):
         self, student_head: nn.Linear, teacher_head: nn.Linear | None = None, **options: Any
     ):
         super().__init__()
-        _check_names("LinearDistillationLoss", options, [*_KEYWORDS, *_OPTIONS])
+        check_names("LinearDistillationLoss", options, [*_KEYWORDS, *_OPTIONS])
         self._heads = (student_head, teacher_head)  # a tuple's modules are not registered
         self.options = options
         self._head_tensors()
@@ -241,6 +241,13 @@ class LinearDistillationLoss(nn.Module):
         return ", ".join([*heads, *(f"{name}={value!r}" for name, value in self.options.items())])
 
 
+def bfloat16_product() -> str:
+    """Which product of bfloat16 matrices with a float32 result the CPU has here."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::mm_float32_", "CPU"):
+        return "MKL's, with a float32 result"
+    return "plain torch, converted to float32 a tile at a time: slow"
+
+
 class _Heads(NamedTuple):
     student_hidden: Tensor
     student_weight: Tensor
@@ -264,12 +271,6 @@ linear_distillation_loss.__signature__ = _signature.replace(  # type: ignore[att
         *_OPTIONS.values(),
     ]
 )
-
-
-def _check_names(function: str, options: dict[str, Any], accepted: Any) -> None:
-    for name in options:
-        if name not in accepted:
-            raise TypeError(f"{function} got {name!r}; accepted: {', '.join(accepted)}")
 
 
 def _check_heads(heads: _Heads, vocab_size: Any) -> int:
