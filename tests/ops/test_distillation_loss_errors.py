@@ -259,7 +259,7 @@ def test_cpp_refuses_another_device():
 
 def test_cpp_without_a_library(monkeypatch):
     """Asked for by name it raises with the reason; left to choose, the reference serves."""
-    monkeypatch.setattr(kdkernels._ext, "_error", "no compiler when this was installed")
+    monkeypatch.setattr(kdkernels._ext, "_cpp_error", "no compiler when this was installed")
     with pytest.raises(RuntimeError, match="backend='cpp'.*no compiler when this was installed"):
         kdkernels.distillation_loss(STUDENT, TEACHER, backend="cpp")
     assert "reference" in kdkernels.explain(STUDENT)
