@@ -56,9 +56,9 @@ torch.library.register_fake("kdkernels::linear_distillation_loss")(
 )
 
 # Bytes of the buffers that the chunks go through, where nobody says. Time over the matrix products
-# alone at V = 49152, Hs = Ht = 576, N = 1024 with chunks of 64, 128, 256 and 512 rows: float32 1.79,
-# 1.42, 1.33, 1.25; bfloat16 3.6, 2.7, 2.5, 2.4. This is 256 to 340 rows there, and leaves the whole
-# call under 256 MiB beside its gradients.
+# alone at V = 49152, Hs = Ht = 576, N = 1024 with chunks of 64, 128, 256 and 512 rows: float32
+# 1.79, 1.42, 1.33, 1.25; bfloat16 3.6, 2.7, 2.5, 2.4 (one reading, load average 1.8). This is 256
+# to 340 rows there, and leaves the whole call under 256 MiB beside its gradients.
 DEFAULT_MEMORY_BUDGET = 128 * 2**20
 
 
