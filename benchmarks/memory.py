@@ -12,6 +12,7 @@ once at the real one. Freed memory is handed back to the system, so that its reu
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -32,12 +33,17 @@ def peak_bytes(case: Case, contestant: str) -> int:
     warm = inputs if contestant == "torch.compile" else make_inputs(replace(case, vocab=64))
     step(warm.student.clone(), warm)
     student = inputs.student.clone()
+    return added_by(lambda: step(student, inputs))
+
+
+def added_by(call: Callable[[], object]) -> int:
+    """Bytes of resident memory that a call adds at its peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as clear_refs:
         clear_refs.write("5")
     before = _status("VmRSS")
-    step(student, inputs)
+    call()
     return _status("VmHWM") - before
 
 

@@ -9,6 +9,7 @@ from .ops.distillation_loss import (
     explain,
 )
 from .ops.kl_div import KLDivLoss, kl_div
+from .ops.linear_distillation_loss import LinearDistillationLoss, linear_distillation_loss
 from .ops.softmax import LogSoftmax, Softmax, log_softmax, softmax
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "DistillationLoss",
     "DistillationStats",
     "KLDivLoss",
+    "LinearDistillationLoss",
     "LogSoftmax",
     "Softmax",
     "distillation_loss",
@@ -24,6 +26,7 @@ __all__ = [
     "divergences",
     "explain",
     "kl_div",
+    "linear_distillation_loss",
     "log_softmax",
     "softmax",
 ]

@@ -7,6 +7,7 @@ import torch
 
 from . import __version__, _ext
 from .ops._backend import backends
+from .ops.linear_distillation_loss import bfloat16_product
 
 
 def _installed(package: str) -> str:
@@ -26,6 +27,7 @@ def report() -> str:
         ("triton", _installed("triton")),
         ("CPU level", _ext.cpu_level()),
         ("threads", str(torch.get_num_threads())),
+        ("bf16 GEMM", bfloat16_product()),
     ]
     lines = [f"{name:<11}{value}" for name, value in facts]
     lines += ["", f"{'backend':<13}{'available':<11}reason"]

@@ -1,7 +1,7 @@
 """What several ops share: checks of their arguments, and the guard of their backwards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ def check_floats(name: str, value: Any) -> None:
     if value.dtype not in FLOATS:
         accepted = ", ".join(str(dtype) for dtype in FLOATS)
         raise TypeError(f"{name} has dtype {value.dtype}; accepted: {accepted}")
+
+
+def check_names(function: str, options: Iterable[str], accepted: Iterable[str]) -> None:
+    names = list(accepted)
+    for name in options:
+        if name not in names:
+            raise TypeError(f"{function} got {name!r}; accepted: {', '.join(names)}")
 
 
 def option_pair(

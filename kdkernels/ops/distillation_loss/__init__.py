@@ -24,11 +24,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...divergences import Divergence, Parameter, resolve
 from .. import _backend
-from .._common import check_floats, no_double_backward, option_pair, two_dimensional
+from .._common import (
+    check_floats,
+    check_names,
+    no_double_backward,
+    option_pair,
+    two_dimensional,
+)
 from . import reference
 
-_FORWARD = (
-    "{student}, Tensor teacher, Tensor? labels, Tensor? token_weights, str divergence, "
+# What the ops take after the logits, and linear_distillation_loss's after its heads.
+OPTIONS = (
+    "Tensor? labels, Tensor? token_weights, str divergence, "
     "float first, Tensor? first_tensor, float second, Tensor? second_tensor, "
     "float temperature, Tensor? temperature_tensor, "
     "float teacher_temperature, Tensor? teacher_temperature_tensor, "
@@ -38,20 +45,20 @@ _FORWARD = (
     "int ignore_index, bool mask_kd, int vocab_size, str reduction, bool return_stats"
 )
 SCHEMAS = {
-    "distillation_loss": f"({_FORWARD.format(student='Tensor student')}) -> (Tensor, Tensor)",
+    "distillation_loss": f"(Tensor student, Tensor teacher, {OPTIONS}) -> (Tensor, Tensor)",
     "distillation_loss_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, "
     "Tensor rows, Tensor? labels, str divergence, float label_smoothing, int vocab_size, "
     "bool student_grad, bool teacher_grad) -> (Tensor, Tensor)",
-    "distillation_loss_and_grad": f"({_FORWARD.format(student='Tensor student')}, "
+    "distillation_loss_and_grad": f"(Tensor student, Tensor teacher, {OPTIONS}, "
     "bool teacher_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    "distillation_loss_and_grad_": f"({_FORWARD.format(student='Tensor(a!) student')}, "
+    "distillation_loss_and_grad_": f"(Tensor(a!) student, Tensor teacher, {OPTIONS}, "
     "bool teacher_grad) -> (Tensor, Tensor, Tensor)",
     "scale_rows_": "(Tensor(a!) grad, Tensor factor) -> ()",
 }
 _backend.define(SCHEMAS, reference, f"{__name__}.triton_kernels")
 
-# Where each option stands among what the ops take after the two logits.
-_PLACE = {argument.split()[-1]: place for place, argument in enumerate(_FORWARD.split(", ")[2:])}
+OPTION_NAMES = [argument.split()[-1] for argument in OPTIONS.split(", ")]
+_PLACE = {name: place for place, name in enumerate(OPTION_NAMES)}
 
 REDUCTIONS = ("batchmean", "sum", "none", "mean")
 
@@ -194,6 +201,9 @@ def distillation_loss(
     return (loss, _stats(rows, call.leading)) if return_stats else loss
 
 
+_KEYWORDS = [*inspect.signature(distillation_loss).parameters][3:]
+
+
 def distillation_loss_and_grad(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options: Any
 ) -> tuple:
@@ -209,7 +219,7 @@ def distillation_loss_and_grad(
         (loss, student_grad), then the teacher's gradient with ``teacher_grad=True``, then
         DistillationStats with ``return_stats=True``. Gradients have their logits' shape and dtype.
     """
-    _check_names("distillation_loss_and_grad", options)
+    check_names("distillation_loss_and_grad", options, _KEYWORDS)
     call = _prepare(student_logits, teacher_logits, labels, **options)
     with torch.no_grad():
         if options.get("inplace", False):
@@ -258,7 +268,7 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, **options: Any):
         super().__init__()
-        _check_names("DistillationLoss", options)
+        check_names("DistillationLoss", options, _KEYWORDS)
         if "divergence" in options:
             resolve(options["divergence"])
         self.options = options
@@ -293,13 +303,6 @@ def explain(
     return f"{name}: {why}"
 
 
-def _check_names(function: str, options: dict[str, Any]) -> None:
-    accepted = [*inspect.signature(distillation_loss).parameters][3:]
-    for name in options:
-        if name not in accepted:
-            raise TypeError(f"{function} got {name!r}; accepted: {', '.join(accepted)}")
-
-
 class _Call(NamedTuple):
     student: Tensor  # (N, columns), a view of the caller's where inplace
     teacher: Tensor  # (N, columns), detached unless teacher_grad
@@ -313,6 +316,39 @@ def _prepare(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None,
+    *,
+    teacher_grad: bool = False,
+    inplace: bool = False,
+    backend: str | None = None,
+    **options: Any,
+) -> _Call:
+    """Checks every argument and turns it into what the ops take."""
+    _check_logits(student_logits, teacher_logits, options.get("vocab_size"))
+    chosen, why = _backend.choose(
+        backend, student_logits.device, (student_logits.dtype, teacher_logits.dtype)
+    )
+    _backend.warn_of_reference(chosen, why, student_logits.device)
+    leading, columns = student_logits.shape[:-1], student_logits.shape[-1]
+    check_flags(teacher_grad=teacher_grad, inplace=inplace)
+    compute = reference.compute_dtype(student_logits, teacher_logits)
+    row = row_options(labels, leading, columns, student_logits.device, compute, **options)
+    if not teacher_grad:
+        teacher_logits = teacher_logits.detach()
+    student = two_dimensional(student_logits, columns)
+    teacher = two_dimensional(teacher_logits, teacher_logits.shape[-1])
+    if inplace:
+        _check_inplace(student_logits, student, teacher)
+    if chosen == "reference":
+        check_labels(*(row[_PLACE[name]] for name in ("labels", "ignore_index", "vocab_size")))
+    return _Call(student, teacher, chosen, row, leading, teacher_grad)
+
+
+def row_options(
+    labels: Tensor | None,
+    leading: torch.Size,
+    columns: int,
+    device: torch.device,
+    compute: torch.dtype,
     *,
     divergence: str | Divergence = "forward_kl",
     temperature: Parameter = 1.0,
@@ -328,18 +364,11 @@ def _prepare(
     vocab_size: int | None = None,
     reduction: str = "batchmean",
     normalizer: float | Tensor | None = None,
-    teacher_grad: bool = False,
-    inplace: bool = False,
     return_stats: bool = False,
-    backend: str | None = None,
-) -> _Call:
-    """Checks every argument and turns it into what the ops take."""
-    _check_logits(student_logits, teacher_logits, vocab_size)
-    chosen, why = _backend.choose(
-        backend, student_logits.device, (student_logits.dtype, teacher_logits.dtype)
-    )
-    _backend.warn_of_reference(chosen, why, student_logits.device)
-    leading, columns = student_logits.shape[:-1], student_logits.shape[-1]
+) -> tuple:
+    """Checks every option that is about rows, for logits of shape (*leading, columns), and turns
+    them into OPTIONS, in that order.
+    """
     if vocab_size is None:
         vocab_size = columns
     if reduction not in REDUCTIONS:
@@ -352,15 +381,7 @@ def _prepare(
         raise ValueError(f"label_smoothing={label_smoothing}; accepted: [0, 1]")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; accepted: int")
-    for name, flag in (
-        ("t_squared", t_squared),
-        ("mask_kd", mask_kd),
-        ("teacher_grad", teacher_grad),
-        ("inplace", inplace),
-        ("return_stats", return_stats),
-    ):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} is a {type(flag).__name__}; accepted: bool")
+    check_flags(t_squared=t_squared, mask_kd=mask_kd, return_stats=return_stats)
     if normalizer is not None and reduction not in ("batchmean", "mean"):
         raise ValueError(
             f"normalizer with reduction={reduction!r}; accepted: reduction='batchmean' or 'mean'"
@@ -375,17 +396,16 @@ def _prepare(
                 f"labels is None with {needs}; accepted: labels of shape {tuple(leading)}"
             )
     else:
-        _check_shape("labels", labels, leading, student_logits.device)
+        _check_shape("labels", labels, leading, device)
         if labels.dtype not in _INTEGERS:
             raise TypeError(f"labels has dtype {labels.dtype}; accepted: integer dtypes")
         pass_labels = labels.reshape(-1).to(torch.int64)
     if member.name == "dkd" and not mask_kd:
         raise ValueError("mask_kd=False with divergence='dkd', which needs a label in every row")
 
-    compute = reference.compute_dtype(student_logits, teacher_logits)
-    rest = (leading, student_logits.device, compute)
+    rest = (leading, device, compute)
     if token_weights is not None:
-        _check_shape("token_weights", token_weights, leading, student_logits.device)
+        _check_shape("token_weights", token_weights, leading, device)
         if token_weights.is_complex():
             raise TypeError(f"token_weights has dtype {token_weights.dtype}; accepted: real dtypes")
         if token_weights.requires_grad:
@@ -398,7 +418,7 @@ def _prepare(
         normalizer_pair = option_pair(
             "normalizer", normalizer, torch.Size(()), *rest[1:], positive=True
         )
-    options = (
+    return (
         pass_labels,
         token_weights,
         member.name,
@@ -418,15 +438,12 @@ def _prepare(
         reduction,
         return_stats,
     )
-    if not teacher_grad:
-        teacher_logits = teacher_logits.detach()
-    student = two_dimensional(student_logits, columns)
-    teacher = two_dimensional(teacher_logits, teacher_logits.shape[-1])
-    if inplace:
-        _check_inplace(student_logits, student, teacher)
-    if chosen == "reference" and pass_labels is not None:
-        _check_labels(pass_labels, ignore_index, vocab_size)
-    return _Call(student, teacher, chosen, options, leading, teacher_grad)
+
+
+def check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is a {type(flag).__name__}; accepted: bool")
 
 
 def _check_inplace(student_logits: Tensor, student: Tensor, teacher: Tensor) -> None:
@@ -495,16 +512,19 @@ def _check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> N
             f"teacher_logits has shape {tuple(teacher.shape)}; accepted: student_logits' "
             f"{tuple(student.shape)}, or another number of columns with vocab_size= the true one"
         )
-    if not isinstance(vocab_size, (int, torch.SymInt, type(None))):
-        raise TypeError(f"vocab_size is a {type(vocab_size).__name__}; accepted: int or None")
-    widest = min(student.shape[-1], teacher.shape[-1])
-    if vocab_size is not None and not 1 <= vocab_size <= widest:
-        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the {widest} columns given")
+    check_vocab_size(vocab_size, min(student.shape[-1], teacher.shape[-1]))
     if teacher.device != student.device:
         raise ValueError(
             f"teacher_logits is on {teacher.device}; accepted: student_logits' device "
             f"{student.device}"
         )
+
+
+def check_vocab_size(vocab_size: Any, widest: int) -> None:
+    if not isinstance(vocab_size, (int, torch.SymInt, type(None))):
+        raise TypeError(f"vocab_size is a {type(vocab_size).__name__}; accepted: int or None")
+    if vocab_size is not None and not 1 <= vocab_size <= widest:
+        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the {widest} columns given")
 
 
 def _check_shape(name: str, value: Any, leading: torch.Size, device: torch.device) -> None:
@@ -516,12 +536,13 @@ def _check_shape(name: str, value: Any, leading: torch.Size, device: torch.devic
         raise ValueError(f"{name} is on {value.device}; accepted: the logits' device {device}")
 
 
-def _check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+def check_labels(labels: Tensor | None, ignore_index: int, vocab_size: int) -> None:
     """IndexError for the reference on the CPU; elsewhere such a row's loss is NaN,
     since the host must not wait.
     """
     if (
-        labels.device.type != "cpu"
+        labels is None
+        or labels.device.type != "cpu"
         or torch.compiler.is_compiling()
         or isinstance(labels, FakeTensor)
     ):

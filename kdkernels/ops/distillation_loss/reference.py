@@ -251,27 +251,15 @@ def plan(
     )
 
     weights = per_row(1.0, token_weights)
-    counted = weights != 0
-    labelled = counted if labels is None else counted & (labels != ignore_index)
-    kd_rows = labelled if mask_kd else counted
-    has_ce = labels is not None
-    ce_rows = labelled if has_ce else torch.zeros_like(counted)
+    kd_rows, ce_rows = counted_rows(weights, labels, ignore_index, mask_kd)
+    kd_divisor, ce_divisor = divisors(
+        weights, kd_rows, ce_rows, normalizer, normalizer_tensor, reduction
+    )
 
     def scale(value, tensor, rows_, divisor):
         x = per_row(value, tensor)
         return torch.where(rows_ & (x != 0), x * weights / divisor, 0.0)
 
-    kd_divisor = ce_divisor = torch.ones((), dtype=dtype, device=student.device)
-    if reduction in ("batchmean", "mean"):
-        if normalizer_tensor is not None:
-            kd_divisor = ce_divisor = normalizer_tensor.reshape(())
-        elif normalizer is not None:
-            kd_divisor = ce_divisor = torch.full_like(kd_divisor, normalizer)
-        else:
-            kd_divisor = torch.where(kd_rows, weights, 0.0).sum()
-            ce_divisor = torch.where(ce_rows, weights, 0.0).sum()
-        kd_divisor = torch.where(kd_divisor == 0, 1.0, kd_divisor)
-        ce_divisor = torch.where(ce_divisor == 0, 1.0, ce_divisor)
     per_element = v if reduction == "mean" else 1
     t2 = ts * ts if t_squared else torch.ones_like(ts)
     kd_scale = scale(kd_weight, kd_weight_tensor, kd_rows, kd_divisor * per_element)
@@ -279,7 +267,7 @@ def plan(
     ce_scale = scale(ce_weight, ce_weight_tensor, ce_rows, ce_divisor)
     z_scale = scale(z_loss_weight, z_loss_weight_tensor, kd_rows, kd_divisor)
 
-    stats = torch.full_like(counted, return_stats)
+    stats = torch.full_like(kd_rows, return_stats)
     read_teacher = (kd_scale != 0) | (kd_rows & stats)
     read_student = read_teacher | (ce_scale != 0) | (z_scale != 0) | (ce_rows & stats)
     return Plan(
@@ -289,7 +277,7 @@ def plan(
         read_student,
         read_teacher,
         t2,
-        (has_ce and (return_stats or ce_weight_tensor is not None or ce_weight != 0))
+        (labels is not None and (return_stats or ce_weight_tensor is not None or ce_weight != 0))
         or z_loss_weight_tensor is not None
         or z_loss_weight != 0,
     )
@@ -364,6 +352,38 @@ def _forward(student: Tensor, teacher: Tensor, labels: Tensor | None, *options):
         ]
     rows = torch.stack([line.to(dtype) for line in lines])
     return loss, rows, (labels, divergence, label_smoothing, vocab_size)
+
+
+def counted_rows(
+    weights: Tensor, labels: Tensor | None, ignore_index: int, mask_kd: bool
+) -> tuple[Tensor, Tensor]:
+    """Which rows count in the KD and z-loss terms, and which in the cross-entropy."""
+    counted = weights != 0
+    if labels is None:
+        return counted, torch.zeros_like(counted)
+    labelled = counted & (labels != ignore_index)
+    return (labelled if mask_kd else counted), labelled
+
+
+def divisors(
+    weights: Tensor,
+    kd_rows: Tensor,
+    ce_rows: Tensor,
+    normalizer: float | None,
+    normalizer_tensor: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """What the KD and z-loss terms are divided by, and what the cross-entropy is: 0-d tensors."""
+    one = torch.ones((), dtype=weights.dtype, device=weights.device)
+    if reduction not in ("batchmean", "mean"):
+        return one, one
+    if normalizer_tensor is not None:
+        kd = ce = normalizer_tensor.reshape(())
+    elif normalizer is not None:
+        kd = ce = torch.full_like(one, normalizer)
+    else:
+        kd, ce = (torch.where(rows, weights, 0.0).sum() for rows in (kd_rows, ce_rows))
+    return torch.where(kd == 0, 1.0, kd), torch.where(ce == 0, 1.0, ce)
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
