@@ -486,20 +486,28 @@ def _finish(
         d = not_negative(tl.sum(one(sums, 0, n, i, chunks, 0.0, CHUNKS), 0))
         sum_g = tl.sum(one(sums, 1, n, i, chunks, 0.0, CHUNKS), 0)
     else:
+        # B and the powers are near 1 where D is small, and D is divided by products of parameters:
+        # float64, once a row.
         k = first + second
-        log_b = (tilted_max + tl.log2(tilted)) * LN_2
-        log_b -= first * teacher_log_z + (1.0 - first) * student_log_z
+        log_zs = student_log_z.to(tl.float64)
+        log_zt = teacher_log_z.to(tl.float64)
+        if KIND & (TILTED | POWERS):
+            log_zs = tl.log(zs.to(tl.float64))
+            log_zt = tl.log(zt.to(tl.float64))
+        log_b = 0.0
+        if KIND & TILTED:
+            log_b = tilted_max.to(tl.float64) * LN_2 + tl.log(tilted.to(tl.float64))
+            log_b -= first * log_zt + (1.0 - first) * log_zs
+        if KIND & POWERS:
+            p_k *= tl.exp(-k * log_zs)
+            q_k *= tl.exp(-k * log_zt)
+            mixed *= tl.exp(-(first * log_zt + second * log_zs))
         d, sum_g = sums_of(
-            forward / zt * LN_2 + apart,
-            reverse / zs * LN_2 - apart,
-            log_b,
-            p_k * tl.exp(-k * student_log_z),
-            q_k * tl.exp(-k * teacher_log_z),
-            mixed * tl.exp(-(first * teacher_log_z + second * student_log_z)),
-            first,
-            second,
-            NAME,
-        )
+            forward / zt * LN_2 + apart, reverse / zs * LN_2 - apart, log_b, p_k, q_k, mixed,
+            first, second, NAME,
+        )  # fmt: skip
+        d = d.to(tl.float32)
+        sum_g = sum_g.to(tl.float32)
     kd = d
     student_entropy = student_log_z - LN_2 * (hs / zs)
     teacher_entropy = teacher_log_z - LN_2 * (ht / zt)
