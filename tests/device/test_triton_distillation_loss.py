@@ -59,10 +59,13 @@ def test_every_divergence(name, parameters, triton_runs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
-@pytest.mark.parametrize("dtypes", [key for key in DTYPES if "64" not in key])
+# Class A in every dtype and mix. Class B, whose second sweep reads through the same function: the
+# mix of both 16-bit dtypes; float32 is above, each of the others below.
+@pytest.mark.parametrize("dtypes, name", [
+    *((key, "forward_kl") for key in DTYPES if "64" not in key), ("float16-bfloat16", "jsd"),
+])  # fmt: skip
 def test_dtypes(name, dtypes, triton_runs):
-    """Class A and class B in every dtype and mix; 32 columns, one masked tile of whole groups."""
+    """32 columns, one masked tile of whole groups."""
     student, teacher = pair(32, 32, dtypes=DTYPES[dtypes])
     check(triton_runs, name, {}, student, teacher, **TEMPERATURES)
 
@@ -82,11 +85,12 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
-@pytest.mark.parametrize("columns, dtypes", SIZES)
+# Class B is cut by the same function: the smallest row, one shifted, one of two chunks, a long one.
+@pytest.mark.parametrize("columns, dtypes, name", [
+    *((*size, "forward_kl") for size in SIZES),
+    *((*size, "jsd") for size in SIZES if size[0] in (1, 2049, 9000, 32000)),
+])  # fmt: skip
 def test_sizes(name, columns, dtypes, triton_runs):
-    if name == "jsd" and columns > 32000:
-        pytest.skip("class B is cut as class A is")
     student, teacher = pair(3 if columns < 2000 else 2, columns, dtypes=DTYPES[dtypes])
     check(
         triton_runs, name, {}, student, teacher, **TEMPERATURES,
@@ -134,8 +138,12 @@ def test_statistics_label_terms_and_masks(name, triton_runs):
             *leaves, labels, divergence=name, backend="triton", return_stats=True,
             teacher_grad=True, **options,
         )  # fmt: skip
-        grads = torch.autograd.grad(loss, leaves)
+        grads = torch.autograd.grad(loss, leaves, retain_graph=True)
     assert_no_worse_than_torch((loss.detach(), *grads), truth, own)
+    # The backward of one implementation takes the rows of another.
+    loss.grad_fn.backend = "reference"
+    for got, want in zip(torch.autograd.grad(loss, leaves), grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     for field in STATISTICS:
         oracle.assert_no_worse_than_torch(
             getattr(statistics, field), getattr(truth, field), own_statistics[field], field
@@ -211,29 +219,11 @@ def test_two_backwards_with_different_upstream_factors(triton_runs):
     torch.testing.assert_close(again, once * up[:, None])
 
 
-def test_the_backward_of_one_implementation_takes_the_rows_of_another(triton_runs):
-    student, teacher = pair(4, 131)
-    leaf = student.clone().requires_grad_()
-    for name in DIVERGENCES:
-        labels = labels_for(student)
-        with triton_runs():
-            loss = kdkernels.distillation_loss(
-                leaf, teacher, labels, divergence=name, ce_weight=0.3, backend="triton"
-            )
-        loss.grad_fn.backend = "reference"
-        (mixed,) = torch.autograd.grad(loss, leaf)
-        loss = kdkernels.distillation_loss(
-            leaf, teacher, labels, divergence=name, ce_weight=0.3, backend="reference"
-        )
-        (want,) = torch.autograd.grad(loss, leaf)
-        torch.testing.assert_close(mixed, want, rtol=1e-4, atol=1e-7)
-
-
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "ab", "dkd"])
 def test_hardware_approximations(name, triton_runs):
     """ex2.approx and lg2.approx off by as much as PTX allows: 2 units each, a few a result."""
     student, teacher = pair(8, 131)
-    labels = labels_for(student)
+    labels = labels_for(student) if name == "dkd" else None
     truth = oracle.distillation(
         student, teacher, labels, divergence_name=name, reduction="none", **TEMPERATURES
     )
@@ -313,18 +303,20 @@ def test_traffic_and_work(name, triton_runs):
 def test_one_pass_moves_ten_bytes(triton_runs):
     student, teacher = pair(1, 16384, dtypes=DTYPES["bfloat16"])
     with triton_runs(check="traffic") as record:
-        kdkernels.distillation_loss_and_grad(student, teacher, backend="triton")
+        kdkernels.distillation_loss_and_grad(
+            student, teacher, labels_for(student), backend="triton"
+        )
     big = ("student", "teacher", "student_grad")
     moved = sum(record.arguments[key].read + record.arguments[key].written for key in big)
     assert moved == 10 * student.numel()
 
 
 def test_masked_rows_are_not_read(triton_runs):
-    student, teacher = pair(4, 4096, dtypes=DTYPES["bfloat16"])
+    student, teacher = pair(4, 16384, dtypes=DTYPES["bfloat16"])
     labels = torch.tensor([-100, 5, -100, -100])
     with triton_runs(check="traffic") as record:
         kdkernels.distillation_loss_and_grad(student, teacher, labels, backend="triton")
-    assert record.arguments["teacher"].read == 2 * 2 * 4096
+    assert record.arguments["teacher"].read == 2 * 2 * 16384
 
 
 def test_values_compile_nothing_new(triton_runs):
