@@ -219,9 +219,12 @@ def test_two_backwards_with_different_upstream_factors(triton_runs):
     torch.testing.assert_close(again, once * up[:, None])
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd", "ab", "dkd"])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "alpha", "renyi", "ab", "dkd"])
 def test_hardware_approximations(name, triton_runs):
-    """ex2.approx and lg2.approx off by as much as PTX allows: 2 units each, a few a result."""
+    """ex2.approx and lg2.approx off by as much as PTX allows: 2 units each, a few a result.
+
+    The one bound with headroom for it: twice the worst that was measured (8.1e-7, the loss of ab).
+    """
     student, teacher = pair(8, 131)
     labels = labels_for(student) if name == "dkd" else None
     truth = oracle.distillation(
@@ -233,12 +236,12 @@ def test_hardware_approximations(name, triton_runs):
                 student, teacher, labels, divergence=name, reduction="none", backend="triton",
                 **TEMPERATURES,
             )  # fmt: skip
-        assert np.abs(loss.numpy() / truth.loss - 1).max() < 4e-6
+        assert np.abs(loss.numpy() / truth.loss - 1).max() < 1.6e-6
         for got, want, terms in (
             (ds, truth.student_grad, truth.student_terms),
             (dt, truth.teacher_grad, truth.teacher_terms),
         ):
-            assert (np.abs(got.numpy() - want) / terms[:, None]).max() < 4e-6
+            assert (np.abs(got.numpy() - want) / terms[:, None]).max() < 1.6e-6
 
 
 def test_permuted_schedules_and_other_rows(triton_runs):
