@@ -140,35 +140,60 @@ def test_odd_strides_are_read_wide(triton_runs):
         assert ptx[kernel].count("ld.global.v4") >= 2, kernel
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_compiles_for_amd(name):
+def compile_for_amd(kernel, constants):
     """gfx942, offline. That is all that is known of AMD: nothing here has run there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdkernels.divergences_triton import TERMS
-    from kdkernels.ops.distillation_loss import triton_kernels
-
-    kernel = triton_kernels._gradient
-    term = TERMS[name]
-    constants = dict(
-        NAME=name, TERM=term.function, MIXES=term.mixes, EXCLUDES=name == "dkd", HARDWARE=False,
-        LABELLED=True, STUDENT_GRAD=True, TEACHER_GRAD=True, BLOCK=2048, GROUP=8, CHUNK=8192,
-        SHIFTED=False, RAGGED=False, STUDENT_WIDE=True, TEACHER_WIDE=True, STUDENT_GRAD_WIDE=True,
-        TEACHER_GRAD_WIDE=True,
-    )  # fmt: skip
-    logits = ("student", "teacher", "student_grad", "teacher_grad")
-    floats = ("upstream", "rows", "student_label", "teacher_label")
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in logits:
-            signature[argument] = "*bf16"
-        elif argument in floats:
-            signature[argument] = "*fp32"
-        else:
-            signature[argument] = {"labels": "*i64", "smoothing": "fp32"}.get(argument, "i32")
+    types = dict.fromkeys(("student", "teacher", "student_grad", "teacher_grad"), "*bf16")
+    types |= dict(masks="*u8", labels="*i64", smoothing="fp32")
+    pointers = ("upstream", "rows", "student_label", "teacher_label", "states", "sums", "totals")
+    types |= dict.fromkeys(pointers, "*fp32")
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "i32")
+        for argument in kernel.arg_names
+    }
     source = ASTSource(kernel, signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=dict(num_warps=4))
     assert "gfx942" in made.asm["amdgcn"]
+
+
+CUT = dict(
+    BLOCK=2048, GROUP=8, CHUNK=8192, SHIFTED=False, RAGGED=False, STUDENT_WIDE=True,
+    TEACHER_WIDE=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradients_compile_for_amd(name):
+    from kdkernels.divergences_triton import TERMS
+    from kdkernels.ops.distillation_loss import triton_kernels
+
+    term = TERMS[name]
+    constants = dict(
+        NAME=name, TERM=term.function, MIXES=term.mixes, EXCLUDES=name == "dkd", HARDWARE=False,
+        LABELLED=True, STUDENT_GRAD=True, TEACHER_GRAD=True, STUDENT_GRAD_WIDE=True,
+        TEACHER_GRAD_WIDE=True, **CUT,
+    )  # fmt: skip
+    compile_for_amd(triton_kernels._gradient, constants)
+
+
+# alpha: has float64 logarithms; dkd: the branch of its own; jsd: a second sweep.
+@pytest.mark.parametrize("name", ["alpha", "dkd", "jsd"])
+def test_forward_compiles_for_amd(name):
+    from kdkernels.divergences_triton import TERMS
+    from kdkernels.ops.distillation_loss import triton_kernels as kernels
+
+    term = TERMS[name]
+    kind = kernels.UNIT.value | kernels.SMOOTHING.value | kernels.STATS.value
+    kind |= kernels.EXCLUDE.value if name == "dkd" else 0
+    kind |= kernels.TILTED.value if term.tilted else 0
+    kind |= kernels.FORWARD.value if term.forward else 0
+    compile_for_amd(kernels._statistics, dict(KIND=kind, **CUT))
+    if name == "jsd":
+        sums = dict(TERM=term.function, MIXES=term.mixes, HARDWARE=False, CHUNKS=4)
+        compile_for_amd(kernels._sums, sums | CUT)
+    finish = dict(
+        NAME=name, KIND=kind, HARDWARE=False, CHUNKS=4, CLASS_B=name == "jsd", LABELLED=True
+    )
+    compile_for_amd(kernels._finish, finish)

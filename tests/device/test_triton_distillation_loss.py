@@ -1,13 +1,12 @@
 """distillation_loss in Triton, executed as PTX on the CPU, against the float64 oracle."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from broken import broken_copy
 from cases import (
     ALL,
     DTYPES,
@@ -26,14 +25,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 TEMPERATURES = dict(temperature=2.0, teacher_temperature=1.5)
 STATISTICS = [field for field in kdkernels.DistillationStats._fields]
-
-
-@pytest.fixture(autouse=True)
-def headroom(monkeypatch):
-    """1.6 times the CPU's bound. Needed so far by alpha = -0.5 and 0.9 and ab, one element each,
-    which miss the CPU's bound by 3 to 6 %; the likely cause is the float32 constant log2(e)/τ.
-    """
-    monkeypatch.setattr(oracle, "SAMPLING", 2.0)
 
 
 def check(runs, name, parameters, student, teacher, labels=None, *, run=(), **options):
@@ -68,10 +59,13 @@ def test_every_divergence(name, parameters, triton_runs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
-@pytest.mark.parametrize("dtypes", [key for key in DTYPES if "64" not in key])
+# Class A in every dtype and mix. Class B, whose second sweep reads through the same function: the
+# mix of both 16-bit dtypes; float32 is above, each of the others below.
+@pytest.mark.parametrize("dtypes, name", [
+    *((key, "forward_kl") for key in DTYPES if "64" not in key), ("float16-bfloat16", "jsd"),
+])  # fmt: skip
 def test_dtypes(name, dtypes, triton_runs):
-    """Class A and class B in every dtype and mix; 32 columns, one masked tile of whole groups."""
+    """32 columns, one masked tile of whole groups."""
     student, teacher = pair(32, 32, dtypes=DTYPES[dtypes])
     check(triton_runs, name, {}, student, teacher, **TEMPERATURES)
 
@@ -91,11 +85,12 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
-@pytest.mark.parametrize("columns, dtypes", SIZES)
+# Class B is cut by the same function: the smallest row, one shifted, one of two chunks, a long one.
+@pytest.mark.parametrize("columns, dtypes, name", [
+    *((*size, "forward_kl") for size in SIZES),
+    *((*size, "jsd") for size in SIZES if size[0] in (1, 2049, 9000, 32000)),
+])  # fmt: skip
 def test_sizes(name, columns, dtypes, triton_runs):
-    if name == "jsd" and columns > 32000:
-        pytest.skip("class B is cut as class A is")
     student, teacher = pair(3 if columns < 2000 else 2, columns, dtypes=DTYPES[dtypes])
     check(
         triton_runs, name, {}, student, teacher, **TEMPERATURES,
@@ -143,8 +138,12 @@ def test_statistics_label_terms_and_masks(name, triton_runs):
             *leaves, labels, divergence=name, backend="triton", return_stats=True,
             teacher_grad=True, **options,
         )  # fmt: skip
-        grads = torch.autograd.grad(loss, leaves)
+        grads = torch.autograd.grad(loss, leaves, retain_graph=True)
     assert_no_worse_than_torch((loss.detach(), *grads), truth, own)
+    # The backward of one implementation takes the rows of another.
+    loss.grad_fn.backend = "reference"
+    for got, want in zip(torch.autograd.grad(loss, leaves), grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     for field in STATISTICS:
         oracle.assert_no_worse_than_torch(
             getattr(statistics, field), getattr(truth, field), own_statistics[field], field
@@ -220,29 +219,14 @@ def test_two_backwards_with_different_upstream_factors(triton_runs):
     torch.testing.assert_close(again, once * up[:, None])
 
 
-def test_the_backward_of_one_implementation_takes_the_rows_of_another(triton_runs):
-    student, teacher = pair(4, 131)
-    leaf = student.clone().requires_grad_()
-    for name in DIVERGENCES:
-        labels = labels_for(student)
-        with triton_runs():
-            loss = kdkernels.distillation_loss(
-                leaf, teacher, labels, divergence=name, ce_weight=0.3, backend="triton"
-            )
-        loss.grad_fn.backend = "reference"
-        (mixed,) = torch.autograd.grad(loss, leaf)
-        loss = kdkernels.distillation_loss(
-            leaf, teacher, labels, divergence=name, ce_weight=0.3, backend="reference"
-        )
-        (want,) = torch.autograd.grad(loss, leaf)
-        torch.testing.assert_close(mixed, want, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", ["forward_kl", "jsd", "ab", "dkd"])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "alpha", "renyi", "ab", "dkd"])
 def test_hardware_approximations(name, triton_runs):
-    """ex2.approx and lg2.approx off by as much as PTX allows: 2 units each, a few a result."""
+    """ex2.approx and lg2.approx off by as much as PTX allows: 2 units each, a few a result.
+
+    The one bound with headroom for it: twice the worst that was measured (8.1e-7, the loss of ab).
+    """
     student, teacher = pair(8, 131)
-    labels = labels_for(student)
+    labels = labels_for(student) if name == "dkd" else None
     truth = oracle.distillation(
         student, teacher, labels, divergence_name=name, reduction="none", **TEMPERATURES
     )
@@ -252,12 +236,12 @@ def test_hardware_approximations(name, triton_runs):
                 student, teacher, labels, divergence=name, reduction="none", backend="triton",
                 **TEMPERATURES,
             )  # fmt: skip
-        assert np.abs(loss.numpy() / truth.loss - 1).max() < 4e-6
+        assert np.abs(loss.numpy() / truth.loss - 1).max() < 1.6e-6
         for got, want, terms in (
             (ds, truth.student_grad, truth.student_terms),
             (dt, truth.teacher_grad, truth.teacher_terms),
         ):
-            assert (np.abs(got.numpy() - want) / terms[:, None]).max() < 4e-6
+            assert (np.abs(got.numpy() - want) / terms[:, None]).max() < 1.6e-6
 
 
 def test_permuted_schedules_and_other_rows(triton_runs):
@@ -322,18 +306,20 @@ def test_traffic_and_work(name, triton_runs):
 def test_one_pass_moves_ten_bytes(triton_runs):
     student, teacher = pair(1, 16384, dtypes=DTYPES["bfloat16"])
     with triton_runs(check="traffic") as record:
-        kdkernels.distillation_loss_and_grad(student, teacher, backend="triton")
+        kdkernels.distillation_loss_and_grad(
+            student, teacher, labels_for(student), backend="triton"
+        )
     big = ("student", "teacher", "student_grad")
     moved = sum(record.arguments[key].read + record.arguments[key].written for key in big)
     assert moved == 10 * student.numel()
 
 
 def test_masked_rows_are_not_read(triton_runs):
-    student, teacher = pair(4, 4096, dtypes=DTYPES["bfloat16"])
+    student, teacher = pair(4, 16384, dtypes=DTYPES["bfloat16"])
     labels = torch.tensor([-100, 5, -100, -100])
     with triton_runs(check="traffic") as record:
         kdkernels.distillation_loss_and_grad(student, teacher, labels, backend="triton")
-    assert record.arguments["teacher"].read == 2 * 2 * 4096
+    assert record.arguments["teacher"].read == 2 * 2 * 16384
 
 
 def test_values_compile_nothing_new(triton_runs):
@@ -381,55 +367,83 @@ def test_under_torch_compile(triton_runs):
     assert counter.frame_count == 1
 
 
+def call_options(name, vocab, reduction, labels=None):
+    """What the forward ops take after both logits, at temperature 1."""
+    return (
+        labels, None, name, 0.5, None, 0.0, None, 1.0, None, 1.0, None, 1.0, None, 0.0, None, 0.0,
+        None, None, None, True, 0.0, -100, True, vocab, reduction, False,
+    )  # fmt: skip
+
+
 def test_opcheck(triton_runs):
-    student, teacher = pair(3, 40)
+    student, teacher = pair(4, 131)  # as in test_under_torch_compile: the kernels are there
+    ops = torch.ops.kdkernels
+    options = call_options("forward_kl", 131, "batchmean")
     with triton_runs(check=False):
-        leaf = student.clone().requires_grad_()
-        loss = kdkernels.distillation_loss(leaf, teacher, backend="triton")
-        _, _, rows, labels = loss.grad_fn.saved_tensors
+        torch.library.opcheck(ops.distillation_loss_triton.default, (student, teacher, *options))
+        for op in (ops.distillation_loss_and_grad_triton, ops.distillation_loss_and_grad__triton):
+            torch.library.opcheck(op.default, (student.clone(), teacher, *options, False))
+        _, rows = ops.distillation_loss_triton(student, teacher, *options)
         torch.library.opcheck(
-            torch.ops.kdkernels.distillation_loss_backward_triton.default,
-            (torch.ones(()), student, teacher, rows, labels, "forward_kl", 0.0, 40, True, True),
+            ops.distillation_loss_backward_triton.default,
+            (torch.ones(()), student, teacher, rows, None, "forward_kl", 0.0, 131, True, True),
         )
-        torch.library.opcheck(
-            torch.ops.kdkernels.scale_rows__triton.default, (student.clone(), torch.ones(3) * 2)
-        )
+        torch.library.opcheck(ops.scale_rows__triton.default, (student.clone(), torch.ones(4) * 2))
 
 
 # ---- the checks themselves ----
 
-KERNELS = Path(kdkernels.__file__).parent / "ops/distillation_loss/triton_kernels.py"
-# What a mistake would look like in each family of kernels: text and instead.
+# What a mistake would look like in each kernel and in what several share: the function it is in,
+# the text, instead of it, and a divergence that gets there.
 BROKEN = {
-    "bound": ("here = inside(start, shift, vocab,", "here = inside(start, shift, vocab + 4,"),
-    "chunk": ("mask=chunk < chunks, other=neutral", "mask=chunk < chunks - 1, other=neutral"),
-    "tail": ("for which in range(low, high):", "for which in range(low, 1):"),
-    "barrier": ("tl.debug_barrier()  # every", "#"),
-    "rescaling": ("rs = tl.exp2(down_s)", "rs = 1.0 + 0.0 * down_s"),
-}
+    "bound": ("tile", "inside(start, shift, vocab,", "inside(start, shift, vocab + 4,",
+              "forward_kl"),
+    "chunk": ("one", "chunk < chunks,", "chunk < chunks - 1,", "forward_kl"),
+    "tail": ("_statistics", "range(low, high)", "range(low, 1)", "forward_kl"),
+    "barrier": ("_finish", "tl.debug_barrier()", "", "dkd"),
+    "rescaling": ("rescaled", "rs = tl.exp2(down_s)", "rs = 1.0 + 0.0 * down_s", "forward_kl"),
+    "sums' tail": ("_sums", "range(low, high)", "range(low, 1)", "jsd"),
+    "gradient's bound": ("_gradient", "mask=here", "mask=position < vocab + 4", "forward_kl"),
+    "gradient's sum": ("_gradient", "sum_h = d - sum_g", "sum_h = d", "jsd"),
+}  # fmt: skip
+
+
+def judge(kernels, name, runs):
+    """Two rows of two chunks, the last of a masked tile, through a module of kernels."""
+    student, teacher = pair(2, 9000)
+    labels = labels_for(student)
+    options = call_options(name, 9000, "none", labels)
+    told = dict(parameters=dict(target_weight=0.5, non_target_weight=0.0)) if name == "dkd" else {}
+    truth = oracle.distillation(
+        student, teacher, labels, divergence_name=name, reduction="none", **told
+    )
+    with runs():
+        loss, _, *grads = kernels.distillation_loss_and_grad(student, teacher, *options, True)
+    np.testing.assert_allclose(loss.numpy(), truth.loss, rtol=1e-5)
+    for got, want in zip(grads, (truth.student_grad, truth.teacher_grad), strict=True):
+        np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_mistakes_are_caught(mistake, tmp_path, triton_runs):
-    text, instead = BROKEN[mistake]
-    source = KERNELS.read_text()
-    assert text in source
-    source = source.replace(text, instead)
-    (tmp_path / "broken.py").write_text(source)
-    spec = importlib.util.spec_from_file_location(
-        "kdkernels.ops.distillation_loss.broken", tmp_path / "broken.py"
-    )
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
-    name = "dkd" if mistake == "barrier" else "forward_kl"
-    student, teacher = pair(2, 9000)
-    labels = labels_for(student)
-    arguments = (
-        labels, None, name, 1.0, None, 8.0, None, 1.0, None, 1.0, None, 1.0, None, 0.0, None, 0.0,
-        None, None, None, True, 0.0, -100, True, 9000, "none", False, False,
-    )  # fmt: skip
-    truth = oracle.distillation(student, teacher, labels, divergence_name=name, reduction="none")
+    from kdkernels.ops.distillation_loss import triton_kernels
+
+    *where, name = BROKEN[mistake]
+    judge(triton_kernels, name, triton_runs)
+    broken = broken_copy(tmp_path, triton_kernels, *where)
     with pytest.raises(AssertionError):
+        judge(broken, name, triton_runs)
+
+
+def test_a_mistake_in_the_scaling_is_caught(tmp_path, triton_runs):
+    from kdkernels.ops.distillation_loss import triton_kernels
+
+    def scale(kernels):
         with triton_runs():
-            loss, _, _, _ = broken.distillation_loss_and_grad(student, teacher, *arguments)
-        np.testing.assert_allclose(loss.numpy(), truth.loss, rtol=1e-6)
+            kernels.scale_rows_(logits(2, 9000), torch.full((2,), 2.0))
+
+    scale(triton_kernels)
+    bound = ("_scale", "inside(start, shift, columns,", "inside(start, shift, columns + 4,")
+    broken = broken_copy(tmp_path, triton_kernels, *bound)
+    with pytest.raises(AssertionError):
+        scale(broken)

@@ -1,13 +1,12 @@
 """softmax and log_softmax in Triton, executed as PTX on the CPU."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from broken import broken_copy
 from cases import logits
 
 import kdkernels
@@ -105,26 +104,34 @@ def test_traffic(triton_runs):
         assert big == backward * x.numel()
 
 
-KERNELS = Path(kdkernels.__file__).parent / "ops/softmax/triton_kernels.py"
+# The function a mistake is in, the text and instead of it.
 BROKEN = {
-    "bound": ("here = inside(start, shift, vocab,", "here = inside(start, shift, vocab + 4,"),
-    "chunk": ("here = each < chunks", "here = each < chunks - 1"),
+    "bound": ("load", "inside(start, shift, vocab,", "inside(start, shift, vocab + 4,"),
+    "chunk": ("_write", "here = each < chunks", "here = each < chunks - 1"),
+    "moments' tail": ("_moments", "range(low, high)", "range(low, 1)"),
+    "gradient's chunk": ("_gradient", "here = each < chunks", "here = each < chunks - 1"),
 }
+
+
+def judge(kernels, runs):
+    """Rows of two chunks, the last of a masked tile, through a module of kernels."""
+    x, upstream = logits(2, 9000), logits(2, 9000, seed=3)
+    exact = x.double().requires_grad_()
+    want = exact.softmax(-1)
+    y = want.detach().float()
+    with runs():
+        got = kernels.softmax(x, 1.0, None, False)
+        grad = kernels.softmax_backward(upstream, y, 1.0, None, False)
+    torch.testing.assert_close(got.double(), want.detach(), rtol=1e-4, atol=1e-9)
+    (want,) = torch.autograd.grad(want, exact, upstream.double())
+    torch.testing.assert_close(grad.double(), want, rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_mistakes_are_caught(mistake, tmp_path, triton_runs):
-    text, instead = BROKEN[mistake]
-    source = KERNELS.read_text()
-    assert text in source
-    (tmp_path / "broken.py").write_text(source.replace(text, instead))
-    spec = importlib.util.spec_from_file_location(
-        "kdkernels.ops.softmax.broken", tmp_path / "broken.py"
-    )
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
-    x = logits(2, 9000)
+    from kdkernels.ops.softmax import triton_kernels
+
+    judge(triton_kernels, triton_runs)
+    broken = broken_copy(tmp_path, triton_kernels, *BROKEN[mistake])
     with pytest.raises(AssertionError):
-        with triton_runs():
-            y = broken.softmax(x, 1.0, None, False)
-        torch.testing.assert_close(y, x.softmax(-1))
+        judge(broken, triton_runs)

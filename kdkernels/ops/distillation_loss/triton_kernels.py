@@ -344,8 +344,8 @@ def summed(
     phi_sum, g_sum, s, t, student_max, student_log_z, teacher_max, teacher_log_z,
     cs, ct, first, second, HARDWARE: tl.constexpr, TERM: tl.constexpr, MIXES: tl.constexpr,
 ):  # fmt: skip
-    a = (s - student_max) * cs - student_log_z
-    b = (t - teacher_max) * ct - teacher_log_z
+    a = tl.fma(s - student_max, cs, -student_log_z)
+    b = tl.fma(t - teacher_max, ct, -teacher_log_z)
     p, q, e = probabilities(a, b, MIXES)
     phi, g, _ = TERM(a, b, p, q, e, first, second, 0.0, HARDWARE)
     return phi_sum + tl.sum(phi, 1), g_sum + tl.sum(g, 1)
@@ -409,7 +409,7 @@ def not_negative(d):
 
 @triton.jit
 def sums_of(forward, reverse, log_b, p_k, q_k, mixed, first, second, NAME: tl.constexpr):
-    """D and the line sum_g of a class A divergence."""
+    """D and the line sum_g of a class A divergence; log B and the powers are float64."""
     if NAME == "forward_kl" or NAME == "dkd":
         return not_negative(forward), 0.0
     elif NAME == "reverse_kl":
@@ -419,18 +419,20 @@ def sums_of(forward, reverse, log_b, p_k, q_k, mixed, first, second, NAME: tl.co
         return not_negative(times(first, forward) + rest), rest
     elif NAME == "alpha":
         excess = tl.exp(log_b) - 1.0
-        d = excess / (first * (first - 1.0))
+        d = (excess / (first * (first - 1.0))).to(tl.float32)
         d = tl.where(first == 1, forward, tl.where(first == 0, reverse, d))
-        sum_g = tl.where(first == 1, 0.0, tl.where(first == 0, reverse, -excess / first))
+        sum_g = tl.where(
+            first == 1, 0.0, tl.where(first == 0, reverse, (-excess / first).to(tl.float32))
+        )
         return not_negative(d), sum_g
     elif NAME == "renyi":
-        d = tl.where(first == 1, forward, log_b / (first - 1.0))
-        return not_negative(d), tl.where(first == 1, 0.0, log_b)
+        d = tl.where(first == 1, forward, (log_b / (first - 1.0)).to(tl.float32))
+        return not_negative(d), tl.where(first == 1, 0.0, log_b.to(tl.float32))
     else:
         tl.static_assert(NAME == "ab")
         k = first + second
         d = (second * p_k + first * q_k - k * mixed) / (k * first * second)
-        return not_negative(d), (p_k - mixed) / first
+        return not_negative(d.to(tl.float32)), ((p_k - mixed) / first).to(tl.float32)
 
 
 @triton.jit
@@ -486,20 +488,24 @@ def _finish(
         d = not_negative(tl.sum(one(sums, 0, n, i, chunks, 0.0, CHUNKS), 0))
         sum_g = tl.sum(one(sums, 1, n, i, chunks, 0.0, CHUNKS), 0)
     else:
+        # B and the powers are near 1 where D is small, and D is divided by products of parameters:
+        # float64, once a row.
         k = first + second
-        log_b = (tilted_max + tl.log2(tilted)) * LN_2
-        log_b -= first * teacher_log_z + (1.0 - first) * student_log_z
+        log_b = 0.0
+        if (TILTED | POWERS) & KIND:
+            log_zs = tl.log(zs.to(tl.float64))
+            log_zt = tl.log(zt.to(tl.float64))
+            if TILTED & KIND:
+                log_b = tilted_max.to(tl.float64) * LN_2 + tl.log(tilted.to(tl.float64))
+                log_b -= first * log_zt + (1.0 - first) * log_zs
+            else:
+                p_k *= tl.exp(-k * log_zs)
+                q_k *= tl.exp(-k * log_zt)
+                mixed *= tl.exp(-(first * log_zt + second * log_zs))
         d, sum_g = sums_of(
-            forward / zt * LN_2 + apart,
-            reverse / zs * LN_2 - apart,
-            log_b,
-            p_k * tl.exp(-k * student_log_z),
-            q_k * tl.exp(-k * teacher_log_z),
-            mixed * tl.exp(-(first * teacher_log_z + second * student_log_z)),
-            first,
-            second,
-            NAME,
-        )
+            forward / zt * LN_2 + apart, reverse / zs * LN_2 - apart, log_b, p_k, q_k, mixed,
+            first, second, NAME,
+        )  # fmt: skip
     kd = d
     student_entropy = student_log_z - LN_2 * (hs / zs)
     teacher_entropy = teacher_log_z - LN_2 * (ht / zt)
@@ -583,8 +589,8 @@ def gradient_tile(
         kd_s, kd_t, factor, sum_g, sum_h, label_g, label_h, reads_unit, unit_max, unit_log_z, unit,
         ce_label, ce_all,
     ) = row  # fmt: skip
-    a = (s - student_max) * cs - student_log_z
-    b = (t - teacher_max) * ct - teacher_log_z
+    a = tl.fma(s - student_max, cs, -student_log_z)
+    b = tl.fma(t - teacher_max, ct, -teacher_log_z)
     p, q, e = probabilities(a, b, MIXES)
     _, g, h = TERM(a, b, p, q, e, first, second, log_b, HARDWARE)
     if EXCLUDES:
