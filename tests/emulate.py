@@ -18,7 +18,7 @@ import torch
 
 from kdkernels.divergences import DIVERGENCES
 from kdkernels.ops import _backend
-from kdkernels.ops.distillation_loss import _FORWARD, REDUCTIONS, reference
+from kdkernels.ops.distillation_loss import OPTIONOPTION_NAMES, REDUCTIONS, reference
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PTXRUN = ROOT.parent / "shared" / "ptxrun"
@@ -161,7 +161,7 @@ class Implementation:
             raise DeviceError(text.value.decode())
 
     def _forward(self, student, teacher, options, student_grad, teacher_grad):
-        o = SimpleNamespace(**dict(zip(_NAMES, options, strict=True)))
+        o = SimpleNamespace(**dict(zip(OPTION_NAMES, options, strict=True)))
         n, none = student.shape[0], o.reduction == "none"
         rows = torch.full(
             (len(reference.ROWS) + len(reference.STATS) * o.return_stats, n), torch.nan
@@ -302,7 +302,6 @@ class Implementation:
         return gradient
 
 
-_NAMES = [argument.split()[-1] for argument in _FORWARD.split(", ")[2:]]
 
 
 def _fresh(like: torch.Tensor) -> torch.Tensor:
