@@ -18,7 +18,7 @@ import torch
 
 from kdkernels.divergences import DIVERGENCES
 from kdkernels.ops import _backend
-from kdkernels.ops.distillation_loss import OPTIONOPTION_NAMES, REDUCTIONS, reference
+from kdkernels.ops.distillation_loss import OPTION_NAMES, REDUCTIONS, reference
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PTXRUN = ROOT.parent / "shared" / "ptxrun"
@@ -300,8 +300,6 @@ class Implementation:
             temperature=temperature_tensor,
         )
         return gradient
-
-
 
 
 def _fresh(like: torch.Tensor) -> torch.Tensor:
