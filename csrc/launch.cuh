@@ -133,19 +133,40 @@ Plan plan_rows(const Device& device, int64_t columns, Meeting meeting, bool pref
   return plan;
 }
 
+// How many blocks of a kernel rest on a multiprocessor; asked of the runtime once (as
+// current_device, static, not inline).
+static CudaStatus blocks_at_rest(const char* name, const void* kernel, int bytes,
+                                 const Device& device, int* out) {
+  struct Known {
+    const void* kernel;
+    int device, bytes, blocks;
+  };
+  static std::mutex mutex;
+  static Known known[64];  // each where its hash falls, in place of the one before
+  std::lock_guard<std::mutex> lock(mutex);
+  Known& entry = known[((reinterpret_cast<uint64_t>(kernel) + bytes) / 16 + device.number) % 64];
+  if (entry.kernel != kernel || entry.device != device.number || entry.bytes != bytes) {
+    // The most that any plan asks for, so that no launch takes it from another.
+    KD_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                device.shared_per_block - kStatic),
+           name);
+    int blocks = 0;
+    KD_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, bytes), name);
+    entry = {kernel, device.number, bytes, blocks};
+  }
+  *out = entry.blocks;
+  return {};
+}
+
 // Launches `kernel` with `call`, whose plan it completes with the number of teams.
 template <class Call>
 CudaStatus launch_rows(const char* name, void (*kernel)(Call), Call call, int64_t rows,
                        const Device& device, cudaStream_t stream) {
   Plan& plan = call.plan;
   const void* function = reinterpret_cast<const void*>(kernel);
-  KD_TRY(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              plan.shared_bytes),
-         name);
   int resident = 0;
-  KD_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, kThreads,
-                                                       plan.shared_bytes),
-         name);
+  CudaStatus status = blocks_at_rest(name, function, plan.shared_bytes, device, &resident);
+  if (status.code != 0) return status;
   int64_t blocks = int64_t(resident > 0 ? resident : 1) * device.multiprocessors;
   if (plan.split == Split::grid && blocks > kMaxTeamBlocks) blocks = kMaxTeamBlocks;
   int64_t per_block = plan.split == Split::warps ? kWarps : 1;

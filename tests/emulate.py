@@ -9,8 +9,11 @@ per argument, opcodes, faults.
 
 import contextlib
 import ctypes
+import os
 import pathlib
+import shutil
 import sys
+import tempfile
 from types import SimpleNamespace
 from unittest import mock
 
@@ -128,18 +131,32 @@ def _parameter(value: float | None, tensor: torch.Tensor | None) -> _Parameter:
 def library(arch: str, root: pathlib.Path = ROOT) -> ctypes.CDLL:
     """The launchers and kernels of a source tree, built for `arch` and ptxrun's CUDA runtime.
 
-    Loaded anew each time (built once): ptxrun's device is that of the library loaded last.
+    ptxrun's device is that of the library loaded last, so each run loads its own (built once).
     """
     import ptxrun
 
     lib = ptxrun.load_cuda_library(
         [root / source for source in SOURCES], arch=arch, include_dirs=[root / "csrc"]
     )
+    lib = _for_device(lib, ptxrun.device_for(arch))
     for name in ("kd_problem_bytes", "kd_softmax_problem_bytes", "kd_workspace_bytes"):
         getattr(lib, name).restype = ctypes.c_int64
     assert lib.kd_problem_bytes() == ctypes.sizeof(_Problem)
     assert lib.kd_softmax_problem_bytes() == ctypes.sizeof(_SoftmaxProblem)
     return lib
+
+
+_loaded_for: dict = {}  # the file of a library: the device it has seen
+
+
+def _for_device(lib, device):
+    """The launchers remember what their device can hold: another one gets another copy of them."""
+    if _loaded_for.setdefault(lib._name, device) == device:
+        return lib
+    with tempfile.TemporaryDirectory() as folder:
+        copy = type(lib)(shutil.copy(lib._name, folder), os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+    copy.failures = lib.failures
+    return copy
 
 
 class Implementation:

@@ -60,7 +60,7 @@ struct Row {
   Weights<float> weights;
   Divergence effective;
   int label;  // a column, or −1
-  bool bad_label, excludes, reads_teacher, reads_unit, unit_is_student, stats_kd, stats_ce;
+  bool excludes, reads_teacher, reads_unit, unit_is_student, stats_kd, stats_ce;
   float student_label, teacher_label;  // the logits there
   Softmax student, teacher, unit;      // unit: the student at temperature 1, every column
   float upstream, unit_lse, unit_scale, divergence, sum_g, odds_gradient;
@@ -249,7 +249,6 @@ struct RowKernel : Share {
     int64_t label = p.labels ? p.labels[i] : -1;
     bool inside = label >= 0 && label < p.vocab;
     row.label = inside ? static_cast<int>(label) : -1;
-    row.bad_label = p.labels && !inside && label != p.ignore_index;
     row.excludes = p.divergence == Divergence::dkd;
     row.upstream = 1;
     row.divergence = row.sum_g = row.odds_gradient = row.unit_lse = row.unit_scale = 0;
@@ -366,7 +365,7 @@ struct RowKernel : Share {
       row.unit = row.student;
     } else if (row.reads_unit) {
       row.unit.anchor = row.student.anchor;
-      if (row.excludes) {
+      if (row.excludes && row.label >= 0) {
         float rest = all.maxima.student, both = fmaxf(rest, row.student_label);
         row.unit.anchor = anchored(both);
         unit_sum =
@@ -421,7 +420,7 @@ struct RowKernel : Share {
     write_lines();
     float total = times(o.kd_scale, kd) + times(o.ce_scale, ce) +
                   times(o.z_scale, row.unit_lse * row.unit_lse);
-    p.totals[i] = row.bad_label ? not_a_number<float>() : total;
+    p.totals[i] = total;
     if (!p.return_stats) return;
     float entropy[2] = {static_cast<float>(sums.student_entropy),
                         static_cast<float>(sums.teacher_entropy)};
@@ -607,7 +606,9 @@ struct RowKernel : Share {
     const Weights<float> weights = row.weights;
     bool writes = !sums || row.writes, stats = sums && row.stats_kd;
     bool has_kd = sums ? row.reads_teacher : row.options.kd_scale != 0;
-    bool has_terms = !sums && keeps_terms, is_kept = plan.keeps && !call.backward;
+    bool has_terms = !sums && keeps_terms;
+    // Step 1 keeps what is read here: nothing if only the whole row at temperature 1 counts.
+    bool is_kept = plan.keeps && !call.backward && (row.reads_teacher || row.unit_is_student);
     for (int tile = 0; tile < tiles(); ++tile) {
       if (stages) stage(tile);
       int label = label_in(tile), excluded = row.excludes ? label : -kSlot, n = columns(tile);

@@ -1,10 +1,12 @@
 """distillation_loss's CUDA kernels, executed as PTX on the CPU through their own launch code."""
 
+import dataclasses
 import os
 import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import emulate
 import oracle
@@ -93,6 +95,49 @@ def test_sm_80(shape):
     check(student, teacher, name="forward_kl", arch="sm_80")
 
 
+# A divergence whose sum of G is not known, alone and with a label term, where blocks meet; the
+# second row is masked.
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+def test_sm_80_with_labels(ce_weight):
+    student, teacher = pair(2, 50257, dtypes=HALF)
+    labels = labels_for(student)
+    labels[1] = -100
+    options = dict(ce_weight=ce_weight, temperature=2.0)
+    _, record = check(student, teacher, labels, name="jsd", arch="sm_80", **options)
+    assert record.arguments["student"].read <= 1.01 * 50257 * 2
+
+
+@pytest.fixture
+def little_shared_memory(monkeypatch):
+    """Chips with so little of it that a row longer than 9,000 columns goes tile by tile."""
+    import ptxrun.module
+
+    for arch, device in list(ptxrun.module.DEVICES.items()):
+        little = dataclasses.replace(device, shared_per_block=8400, shared_per_multiprocessor=18000)
+        monkeypatch.setitem(ptxrun.module.DEVICES, arch, little)
+
+
+# An odd number of columns: three tiles in each of the eight blocks of a cluster (of the 32 that
+# meet in device memory), the last one short, and each starting anywhere in a chunk.
+@pytest.mark.parametrize(
+    "name, arch, vocab, options",
+    [
+        ("forward_kl", "sm_90", 9001, {}),
+        ("jsd", "sm_90", 9001, {}),
+        ("renyi", "sm_90", 9001, {}),  # a sweep more
+        ("dkd", "sm_90", 9001, dict(ce_weight=0.5, label_smoothing=0.1, temperature=2.0)),
+        ("forward_kl", "sm_80", 36001, {}),
+    ],
+)
+def test_tile_by_tile(little_shared_memory, name, arch, vocab, options):
+    student, teacher = pair(2, vocab, dtypes=HALF)
+    labels = labels_for(student) if options else None
+    _, record = check(student, teacher, labels, name=name, arch=arch, **options)
+    (launch,) = record.all_launches
+    assert launch.grid[0] == 2 * (8 if arch == "sm_90" else 32)
+    assert record.arguments["student"].read > 1.9 * student.numel() * 2  # not resident: read again
+
+
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "dkd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_label_terms(name, temperature):
@@ -100,6 +145,13 @@ def test_label_terms(name, temperature):
     student, teacher = pair(4, 131)
     options = dict(ce_weight=0.5, label_smoothing=0.1, z_loss_weight=0.01, temperature=temperature)
     check(student, teacher, labels_for(student), name=name, **options)
+
+
+def test_nothing_but_the_label_counts():
+    """The softmax at temperature 2 is then neither computed nor read."""
+    student, teacher = pair(3, 131)
+    options = dict(kd_weight=0.0, ce_weight=1.0, temperature=2.0)
+    check(student, teacher, labels_for(student), name="forward_kl", **options)
 
 
 def test_statistics_and_reductions_agree_with_the_reference():
@@ -170,6 +222,48 @@ def test_a_label_out_of_range_makes_its_row_nan():
     record.assert_clean()
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "dkd"])
+@pytest.mark.parametrize("terms", [{}, {"z_loss_weight": 0.1}, {"ce_weight": 1.0}])
+def test_a_label_out_of_range_counts_where_the_reference_reads_it(monkeypatch, name, terms):
+    """Where a term has weight 0 it makes nothing NaN."""
+    op = sys.modules["kdkernels.ops.distillation_loss"]
+    monkeypatch.setattr(op, "_check_labels", lambda *labels: None)  # on a GPU nobody looks
+    student, teacher = pair(2, 131)
+    labels = torch.tensor([131, 2])
+    run = kdkernels.distillation_loss_and_grad
+    for kd_weight in (0.0, 1.0):
+        options = dict(divergence=name, kd_weight=kd_weight, reduction="none", **terms)
+        got, record = emulate.cuda(run, student, teacher, labels, **options)
+        expected = run(student, teacher, labels, backend="reference", **options)
+        for x, y in zip(got, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-7, equal_nan=True)
+        record.assert_clean()
+
+
+# Rows apart by an odd number of elements, so that each starts elsewhere in a chunk: a warp a row,
+# a block, eight blocks.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("columns", [3, 1000, 4099, 20001])
+def test_scale_rows(dtype, columns):
+    """Row by row a factor, of which 1 leaves the row alone; 0 stays 0 whatever the factor."""
+    whole = logits(5, columns + 2 - columns % 2 + 1, dtype=dtype)
+    grad, beside = whole[:, :columns], whole[:, columns:].clone()
+    grad[:, 1] = 0
+    factor = torch.tensor([2.0, 1.0, -0.3, torch.inf, torch.nan])
+    expected = (grad.float() * factor[:, None]).to(dtype)
+    expected[:, 1] = 0
+    with emulate.installed() as kernels, emulate.recorded() as record:
+        kernels.scale_rows_(grad, factor)
+    record.assert_clean()
+    torch.testing.assert_close(grad, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(whole[:, columns:], beside)
+    size = columns * grad.element_size()
+    assert record.arguments["grad"].written == record.arguments["grad"].read == 4 * size
+    with emulate.installed() as kernels, emulate.recorded() as record:
+        kernels.scale_rows_(grad, torch.ones(()))
+    assert record.written == 0 and "grad" not in record.arguments
+
+
 def test_in_place_and_its_upstream_factor():
     student, teacher = pair(3, 2056, dtypes=HALF)
     expected = kdkernels.distillation_loss_and_grad(student, teacher)[1]
@@ -238,6 +332,9 @@ def test_traffic(name, rows, vocab, exponentials):
     assert 2 * elements <= written.written <= 2.02 * elements
     assert written.sectors * 32 <= 2.02 * elements
     assert record.opcodes["ex2"] <= (exponentials + 0.25 / 8) * elements
+    assert record.opcodes.get("lg2", 0) == 0
+    divisions = record.opcodes.get("div", 0) + record.opcodes.get("rcp", 0)
+    assert divisions <= 0.25 * elements  # a few for each slot of eight
     assert record.bank_conflicts <= 0.01 * record.shared_requests
 
     leaf = student.clone().requires_grad_()
@@ -248,6 +345,20 @@ def test_traffic(name, rows, vocab, exponentials):
         loss.backward()
     assert backward.launches == 1
     assert backward.arguments["student_grad"].written <= 2.02 * elements
+
+
+def test_traffic_of_the_longest_vocabulary():
+    """262,144 columns, of which a cluster of eight still holds a share each: 6 bytes a column."""
+    student, teacher = pair(1, 262144, dtypes=HALF)
+    (loss, _), record = emulate.cuda(
+        kdkernels.distillation_loss_and_grad, student, teacher, check="traffic"
+    )
+    expected = kdkernels.distillation_loss(student.double(), teacher.double())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    (launch,) = record.all_launches
+    assert launch.cluster == (8, 1, 1)
+    assert record.read + record.written <= 1.01 * 6 * student.numel()
+    assert record.arguments["student_grad"].written == 2 * student.numel()
 
 
 def test_many_short_rows_are_one_launch_with_a_warp_each():
@@ -281,25 +392,76 @@ def tree(tmp_path_factory):
     return root
 
 
-# One defect at a time, in what every kernel shares: a barrier gone, a bound off by one.
-BUGS = [
-    ("csrc/blocks.cuh", "    __syncthreads();\n    mine = *rein", "    mine = *rein"),
-    ("csrc/blocks.cuh", "column >= 0 && column < piece.n;", "column >= 0 && column <= piece.n;"),
-]
+def distils(arch, vocab, root):
+    student, teacher = pair(1, vocab)
+    run = kdkernels.distillation_loss_and_grad
+    return emulate.cuda(run, student, teacher, arch=arch, root=root)[1]
 
 
-@pytest.mark.parametrize("file, right, wrong", BUGS, ids=["barrier", "bound"])
-def test_a_broken_copy_is_caught(tree, tmp_path, file, right, wrong):
+def normalises(arch, vocab, root):
+    return emulate.cuda(kdkernels.softmax, logits(1, vocab), arch=arch, root=root)[1]
+
+
+# One defect at a time, and a call that meets it: what every kernel shares, each family of kernels,
+# and both ways in which blocks of a row wait for each other.
+BUGS = {
+    "reduction without its barrier": (
+        "csrc/blocks.cuh",
+        "    __syncthreads();\n    mine = *rein",
+        "    mine = *rein",
+        (distils, "sm_90", 1031),
+    ),
+    "one column too many": (
+        "csrc/blocks.cuh",
+        "column >= 0 && column < piece.n;",
+        "column >= 0 && column <= piece.n;",
+        (distils, "sm_90", 1031),
+    ),
+    "gradient stored without a barrier": (
+        "csrc/distillation_loss/rows.cuh",
+        "      team.sync();\n      if (p.student_grad.data) put(",
+        "      if (p.student_grad.data) put(",
+        (distils, "sm_90", 1031),
+    ),
+    "softmax stored without a barrier": (
+        "csrc/softmax/cuda.cu",
+        "      team.sync();\n      put(team, area,",
+        "      put(team, area,",
+        (normalises, "sm_90", 1031),
+    ),
+    "cluster without its barrier": (
+        "csrc/blocks.cuh",
+        "      cluster_barrier();\n      mine = lane",
+        "      mine = lane",
+        (distils, "sm_90", 32000),
+    ),
+    "cooperating blocks that do not wait": (
+        "csrc/blocks.cuh",
+        "(*static_cast<volatile unsigned*>(arrived) < exchanges * blocks)",
+        "(false)",
+        (distils, "sm_80", 32000),
+    ),
+    "cooperating blocks without a fence": (
+        "csrc/blocks.cuh",
+        "        __threadfence();\n        unsigned* arrived",
+        "        unsigned* arrived",
+        (distils, "sm_80", 32000),
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_broken_copy_is_caught(tree, tmp_path, bug):
     import ptxrun
 
+    file, right, wrong, (run, *call) = BUGS[bug]
     root = tmp_path / "copy"
     shutil.copytree(tree, root)
     text = (root / file).read_text()
     assert text.count(right) >= 1
     (root / file).write_text(text.replace(right, wrong))
-    student, teacher = pair(1, 1031)
     try:
-        _, record = emulate.cuda(kdkernels.distillation_loss_and_grad, student, teacher, root=root)
+        record = run(*call, root)
     except ptxrun.KernelFault:
         return
     assert record.faults
