@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ parser.add_argument(
     "--check",
     action="store_true",
     help="write nothing; end with 1 where a kernel is worse than in the table: fewer warps fit, "
-    "more local memory accesses, a smaller share of 16-byte accesses, more special functions",
+    "more spills or stack accesses, a smaller share of 16-byte accesses, more special functions",
 )
 parser.add_argument(
     "--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all; may be repeated"
@@ -72,9 +72,12 @@ class Row:
     source: str
     kernel: str
     registers: int
-    # Loads and stores of local memory, which is what spilled registers become, and registers that a
-    # function which is called, not inlined, saves.
+    # Bytes, as ptxas tells them of the kernel and the functions it may call (all of its source's).
+    # It tells nothing of Triton's kernels, which call none: there, what `stack` moves.
     spills: int
+    # Loads and stores of local memory: spills, and registers that a function which is called, not
+    # inlined, saves.
+    stack: int
     loads_16: int  # of global memory, and copies from it to shared memory, by bytes
     loads_8: int
     loads_4: int
@@ -93,9 +96,9 @@ class Row:
         return self.arch, self.source, self.kernel
 
 
-# ---- compiling: (name, machine code) ----
+# ---- compiling: (name, machine code, what ptxas says) ----
 
-Binary = tuple[str, bytes]
+Binary = tuple[str, bytes, str]
 
 
 def nvcc() -> str:
@@ -109,13 +112,17 @@ def nvcc() -> str:
 def cuda_binary(source: str, arch: int) -> list[Binary]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "kernels.cubin")
-        command = [nvcc(), "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-Icsrc", source, "-o"]
+        command = [nvcc(), "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-Icsrc", source]
         done = subprocess.run(
-            [*command, str(out)], cwd=run.ROOT, capture_output=True, text=True, check=False
+            [*command, "-Xptxas", "-v", "-o", str(out)],
+            cwd=run.ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"nvcc refuses {source} for sm_{arch}:\n{done.stderr}")
-        return [("", out.read_bytes())]
+        return [("", out.read_bytes(), done.stderr)]
 
 
 def triton_binaries(call: tuple[str, str, str, int], arch: int) -> list[Binary]:
@@ -138,7 +145,7 @@ def triton_binaries(call: tuple[str, str, str, int], arch: int) -> list[Binary]:
             self.launcher_cls = lambda source, metadata: lambda *launch: None
 
         def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
-            found.append((name, binary))
+            found.append((name, binary, ""))
             return None, None, 0, 0, 1024
 
         def unload_module(self, module: object) -> None:
@@ -224,7 +231,13 @@ OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]
 LOADS, STORES = ("LDG", "LD", "LDGSTS"), ("STG", "ST")
 
 
-def read(binary: bytes, arch: int, source: str) -> list[Row]:
+SPILLS = re.compile(
+    r"Function properties for (\S+)\n.* (\d+) bytes spill stores, (\d+) bytes spill loads"
+)
+
+
+def read(binary: bytes, arch: int, source: str, said: str) -> list[Row]:
+    """`said`: by ptxas -v, or nothing."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -233,10 +246,15 @@ def read(binary: bytes, arch: int, source: str) -> list[Row]:
     registers = {
         name: int(count) for name, count in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)
     }
+    spilled = {name: int(stores) + int(loads) for name, stores, loads in SPILLS.findall(said)}
     rows = []
     for part in text.split("Function : ")[1:]:
         name = part.split(maxsplit=1)[0]
-        rows.append(row(arch, source, short(name), registers[name], OPCODE.findall(part)))
+        found = row(arch, source, short(name), registers[name], OPCODE.findall(part))
+        if said:
+            called = sum(spills for other, spills in spilled.items() if other not in registers)
+            found = replace(found, spills=spilled[name] + called)
+        rows.append(found)
     return rows
 
 
@@ -245,7 +263,8 @@ def row(arch: int, source: str, kernel: str, registers: int, opcodes: list[str])
     for opcode in opcodes:
         base, *modifiers = opcode.split(".")
         if base in ("LDL", "STL"):
-            count["spills"] += 1
+            count["stack"] += 1
+            count["spills"] += {"16": 16, "8": 8, "4": 4, "less": 1}[width(modifiers)]
         elif base in LOADS or base in STORES:
             kind = "loads" if base in LOADS else "stores"
             count[f"{kind}_{width(modifiers)}"] += 1
@@ -298,8 +317,8 @@ def compile_all(names: Iterable[str], architectures: Iterable[int]) -> list[Row]
         if (name, arch) not in binaries:
             call = triton_calls()[name.removeprefix("triton ")]
             binaries[name, arch] = triton_binaries(call, arch)
-        for _, binary in binaries[name, arch]:
-            rows += read(binary, arch, name)
+        for _, binary, said in binaries[name, arch]:
+            rows += read(binary, arch, name, said)
     return rows
 
 
@@ -318,8 +337,9 @@ def table(rows: list[Row]) -> str:
         "",
         f"Written by `python -m benchmarks.device_code`; {compilers()}. Instructions in the text "
         "of each kernel, each counted once however often it runs. Loads include copies from global "
-        "to shared memory; a number is their width in bytes. `spills`: loads and stores of local "
-        "memory. ex2, lg2, rcp: special functions (MUFU).",
+        "to shared memory; a number is their width in bytes. `spills`: bytes of registers spilled; "
+        "`stack`: loads and stores of local memory, which calls make too. ex2, "
+        "lg2, rcp: special functions (MUFU).",
         "",
         "| " + " | ".join(names) + " |",
         "|---" * len(names) + "|",
@@ -361,7 +381,7 @@ def worse(old: Row, new: Row) -> list[str]:
         before, now = wide_share(old, kind), wide_share(new, kind)
         if now < before - 0.005:
             found.append(f"16-byte {kind}: {before:.0%} -> {now:.0%} of them")
-    for name in ("spills", "ex2", "lg2", "rcp", "other_mufu"):
+    for name in ("spills", "stack", "ex2", "lg2", "rcp", "other_mufu"):
         if getattr(new, name) > getattr(old, name):
             found.append(f"{name} {getattr(old, name)} -> {getattr(new, name)}")
     return found
