@@ -65,13 +65,14 @@ sanitize: $(INSTALLED)
 	python tests/sanitize/run.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(LIBRARY)
+	rm -rf $(VENV) build dist *.egg-info kdkernels/*.abi3.so
 
 # Two steps, so that a change in csrc/ costs one incremental compile and no pip.
 build: $(LIBRARY)
 
 $(LIBRARY): $(INSTALLED) setup.py $(CSRC)
-	KDKERNELS_REQUIRE_BUILD=1 python setup.py --quiet build_ext --inplace
+	KDKERNELS_CUDA=$${KDKERNELS_CUDA:-0} KDKERNELS_REQUIRE_BUILD=1 \
+	    python setup.py --quiet build_ext --inplace
 	touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -16,8 +16,9 @@
 namespace kd {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kSlot = 8;        // columns
-constexpr int kMaxBlocks = 32;  // a row: a warp combines their results with one lane each
+constexpr int kSlot = 8;             // columns
+constexpr int kStaticShared = 4096;  // bytes, at least, of any kernel here
+constexpr int kMaxBlocks = 32;       // a row: a warp combines their results with one lane each
 
 enum class Split { warps, block, cluster, grid };
 
@@ -279,9 +280,15 @@ struct Team : Crew {
   // for bit the same in each, and `none()`. After this every thread of the block has the team's.
   template <class P>
   __device__ __forceinline__ void reduce(P& mine) {
+    if (split == Split::warps) return mine.across(32);
+    reduce_block(mine);
+  }
+
+  // The same over all threads of the block, whatever the team is.
+  template <class P>
+  __device__ __forceinline__ void reduce_block(P& mine) {
     static_assert(sizeof(P) <= kMessage, "a message");
     mine.across(32);
-    if (split == Split::warps) return;
     // Two sets in turn: between two uses of one, everyone passes the barrier of the other.
     auto slots = mailbox->warps[reductions++ % 2];
     if (lane == 0) *reinterpret_cast<P*>(slots[threadIdx.x / 32]) = mine;
@@ -304,8 +311,10 @@ struct Team : Crew {
       }
       cluster_barrier();
       mine = lane < blocks ? *reinterpret_cast<const P*>(mailbox->blocks[set][lane]) : P::none();
+#else
+      __trap();  // PTX of an older architecture, on a chip for which the host planned clusters
 #endif
-    } else {
+    } else if (split == Split::grid) {
       int first = blockIdx.x - rank;
       if (threadIdx.x == 0) {
         send(mine, workspace->messages[blockIdx.x][set]);

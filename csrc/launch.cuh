@@ -17,6 +17,7 @@ struct Device {
 
 inline CudaStatus failure(cudaError_t code, const char* kernel, const char* doing,
                           const char* shape) {
+  cudaGetLastError();  // reported here: torch's next check is not to find it again
   CudaStatus status;
   status.code = code;
   std::snprintf(status.text, sizeof(status.text), "kdkernels: %s: %s failed: %s (%s)%s", kernel,
@@ -63,7 +64,6 @@ static CudaStatus current_device(const char* kernel, Device* out) {
   return {};
 }
 
-constexpr int kStatic = 4096;       // at least the static shared memory of any kernel here
 constexpr int kReserved = 1024;     // what the driver takes of a block
 constexpr int kWarpColumns = 1024;  // rows up to this length have a warp each
 
@@ -90,9 +90,13 @@ Plan plan_rows(const Device& device, int64_t columns, Meeting meeting, bool pref
   int max_blocks = meeting == Meeting::none || (meeting == Meeting::anywhere && !clusters)
                        ? kMaxBlocks
                        : device.max_cluster;
-  int64_t most = device.shared_per_block - kStatic;
+  // Blocks that wait for each other must all be at rest at once.
+  while (!clusters && meeting == Meeting::anywhere && max_blocks > device.multiprocessors) {
+    max_blocks /= 2;
+  }
+  int64_t most = device.shared_per_block - kStaticShared;
   // Two blocks a multiprocessor, so that one computes while the other waits for memory.
-  int64_t half = device.shared_per_multiprocessor / 2 - kReserved - kStatic;
+  int64_t half = device.shared_per_multiprocessor / 2 - kReserved - kStaticShared;
   auto share_of = [&](int blocks) { return (slots + blocks - 1) / blocks; };
   // The fewest blocks whose shares fit.
   auto fewest = [&](int from, int to, bool keeps, int64_t limit) {
@@ -148,7 +152,7 @@ static CudaStatus blocks_at_rest(const char* name, const void* kernel, int bytes
   if (entry.kernel != kernel || entry.device != device.number || entry.bytes != bytes) {
     // The most that any plan asks for, so that no launch takes it from another.
     KD_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                device.shared_per_block - kStatic),
+                                device.shared_per_block - kStaticShared),
            name);
     int blocks = 0;
     KD_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, bytes), name);
@@ -193,7 +197,6 @@ CudaStatus launch_rows(const char* name, void (*kernel)(Call), Call call, int64_
   config.numAttrs = plan.split == Split::cluster || plan.split == Split::grid ? 1 : 0;
   void* arguments[] = {&call};
   cudaError_t code = cudaLaunchKernelExC(&config, function, arguments);
-  if (code == cudaSuccess) code = cudaPeekAtLastError();
   if (code == cudaSuccess) return {};
   char shape[128];
   std::snprintf(shape, sizeof(shape), "; grid %u, block %d, cluster %d, shared memory %d%s",

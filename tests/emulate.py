@@ -197,7 +197,7 @@ class Implementation:
         problem.return_stats, problem.ignore_index = o.return_stats, o.ignore_index
         problem.reduction = REDUCTIONS.index(o.reduction)
         problem.totals = (loss if none else totals).data_ptr()
-        workspace = torch.full((self.lib.kd_workspace_bytes(ctypes.byref(problem)),), 0x7F).byte()
+        workspace = torch.full((self.lib.kd_workspace_bytes(),), 0x7F).byte()
         tensors = {f"{k}": v for k, v in vars(o).items() if isinstance(v, torch.Tensor)}
         self._run(
             self.lib.kd_forward,

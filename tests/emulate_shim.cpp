@@ -11,9 +11,7 @@ static int report(const kd::CudaStatus& status, char* text) {
 
 KD_EXPORT int64_t kd_problem_bytes() { return sizeof(kd::Problem<float>); }
 KD_EXPORT int64_t kd_softmax_problem_bytes() { return sizeof(kd::softmax::Problem<float>); }
-KD_EXPORT int64_t kd_workspace_bytes(const kd::Problem<float>* problem) {
-  return kd::cuda_workspace_bytes(*problem);
-}
+KD_EXPORT int64_t kd_workspace_bytes() { return kd::cuda_workspace_bytes(); }
 KD_EXPORT int kd_forward(const kd::Problem<float>* problem, float* loss, void* workspace,
                          char* text) {
   return report(kd::cuda_forward(*problem, loss, workspace, nullptr), text);

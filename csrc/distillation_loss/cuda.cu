@@ -121,8 +121,10 @@ CudaStatus run(const char* name, Call call, CudaStream stream) {
   call.plan = plan_rows(device, p.vocab, call.backward ? Meeting::none : Meeting::anywhere,
                         third_sweep, raw, kept);
   if (call.backward) call.plan.keeps = false;
-  if (!call.backward) {
-    KD_TRY(cudaMemsetAsync(call.workspace, 0, Workspace::zeroed, stream), name);
+  bool meets = call.plan.split == Split::grid;
+  if (meets || call.loss) {
+    size_t used = meets ? Workspace::zeroed : sizeof(Workspace::ticket);
+    KD_TRY(cudaMemsetAsync(call.workspace, 0, used, stream), name);
   }
   char kernel_name[64];
   std::snprintf(kernel_name, sizeof(kernel_name), "%s %s", name,
@@ -132,7 +134,7 @@ CudaStatus run(const char* name, Call call, CudaStream stream) {
 
 }  // namespace
 
-int64_t cuda_workspace_bytes(const Problem<float>&) { return sizeof(Workspace); }
+int64_t cuda_workspace_bytes() { return sizeof(Workspace); }
 
 CudaStatus cuda_forward(const Problem<float>& problem, float* loss, void* workspace,
                         CudaStream stream) {

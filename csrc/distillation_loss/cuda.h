@@ -8,7 +8,7 @@
 namespace kd {
 
 // Bytes of device memory that a call needs beside its results. It need not be cleared.
-int64_t cuda_workspace_bytes(const Problem<float>& problem);
+int64_t cuda_workspace_bytes();
 
 // Fills rows and totals, the gradients that have data, and where it is not null the 0-d loss (Σ
 // totals).

@@ -664,7 +664,8 @@ struct RowKernel : Share {
         if (writes) {
           if (p.teacher_grad.data) teacher_slot(slot, label, q, terms.h);
           if (p.student_grad.data) student_slot(slot, label, s, p_, terms.g);
-        } else if (keeps_terms && has_kd) {
+        } else if (keeps_terms && row.options.kd_scale != 0) {
+          // (With statistics alone the gradient reads the exponentials that lie there.)
           store_floats(kept_student, slot, p_);
           store_floats(kept_teacher, slot, terms.g);
         }
@@ -755,13 +756,13 @@ __device__ __forceinline__ Divisors normalisers(const Problem<float>& p, Team& t
     if (!p.labels && !p.token_weights) {
       sum.kd = static_cast<double>(p.n);
     } else {
-      for (int64_t i = team.thread; i < p.n; i += team.threads) {
+      for (int64_t i = threadIdx.x; i < p.n; i += kThreads) {
         int mask = mask_of(p, i);
         double weight = weight_of(p, i);
         sum.kd += mask & kKdCounts ? weight : 0;
         sum.ce += mask & kCeCounts ? weight : 0;
       }
-      team.reduce(sum);
+      team.reduce_block(sum);
     }
   }
   return divisors_of(p, sum.kd, sum.ce);
@@ -781,13 +782,11 @@ __device__ __forceinline__ void add_up(const Call& call, Team& team, bool* last)
   __syncthreads();
   if (!*last) return;
   __threadfence();
-  // A warp is enough, and is a team of its own where rows have a warp each.
-  if (threadIdx.x >= 32) return;
   Loss loss{0};
-  for (int64_t i = threadIdx.x; i < call.problem.n; i += 32) {
+  for (int64_t i = threadIdx.x; i < call.problem.n; i += kThreads) {
     loss.sum += __ldcg(call.problem.totals + i);
   }
-  loss.across(32);
+  team.reduce_block(loss);
   if (threadIdx.x == 0) *call.loss = static_cast<float>(loss.sum);
 }
 
@@ -797,6 +796,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   __shared__ Mailbox mailbox;
   __shared__ Row rows[kWarps];
   __shared__ bool last;
+  static_assert(sizeof(mailbox) + sizeof(rows) + 64 <= kStaticShared, "what plans leave free");
   Team team(call.plan, &mailbox, call.workspace);
   int warp = call.plan.split == Split::warps ? threadIdx.x / 32 : 0;
   int bytes = call.plan.shared_bytes / (call.plan.split == Split::warps ? kWarps : 1);

@@ -48,14 +48,14 @@ def choose(
     if backend == "reference":
         return "reference", "asked for by name"
     if backend is not None:
-        refusal = _refusal(backend, device.type, dtypes, on_devices)
+        refusal = _refusal(backend, device, dtypes, on_devices)
         if refusal is not None:
             raise RuntimeError(f"backend={backend!r} cannot serve this call: {refusal}")
         return backend, "asked for by name"
     # On CPU tensors Triton's kernels run in an emulator: for tests, when asked for.
     refusals: list[str] = []
-    for name in ("cpp",) if device.type == "cpu" else ("cpp", "triton"):
-        refusal = _refusal(name, device.type, dtypes, on_devices)
+    for name in ("cpp", "triton") if device.type == "cuda" and on_devices else ("cpp",):
+        refusal = _refusal(name, device, dtypes, on_devices)
         if refusal is None:
             library = " and the C++ library is there" if name == "cpp" else ""
             tensors = {"cpu": "CPU tensors", "cuda": "CUDA tensors"}[device.type]
@@ -76,21 +76,33 @@ _warned: set[str] = set()
 
 
 def _refusal(
-    backend: str, device: str, dtypes: tuple[torch.dtype, ...], on_devices: bool
+    backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], on_devices: bool
 ) -> str | None:
     """Why a backend cannot serve tensors on this type of device, or None."""
-    if device not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda"):
         return f"it serves CPU and CUDA tensors, these are on {device}"
-    if backend == "cpp" and device == "cpu":
+    if backend == "cpp" and device.type == "cpu":
         error = _ext.cpp_error()
         return None if error is None else f"the C++ library does not load: {error}"
     if not on_devices:
         return "this op has no CUDA or Triton kernels yet"
-    error = _ext.cuda_error() if backend == "cpp" else _triton_error(device)
+    error = _cuda_error(device.index) if backend == "cpp" else _triton_error(device.type)
     if error is not None:
-        return f"the CUDA library does not load: {error}" if backend == "cpp" else error
+        return error
     if torch.float64 in dtypes:
         return "its kernels take no float64; accepted: float32, bfloat16, float16"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _cuda_error(device: int | None) -> str | None:
+    """Why the CUDA library cannot serve tensors on this GPU, or None."""
+    error = _ext.cuda_error()
+    if error is not None:
+        return f"the CUDA library does not load: {error}"
+    # Fake tensors do not start CUDA, and have no GPU to ask.
+    if torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the CUDA library is compiled for compute capability 8.0 and newer"
     return None
 
 
@@ -101,12 +113,14 @@ def _triton_error(device: str) -> str | None:
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None  # runs kernels on both, in NumPy
-    import triton
-
     try:
+        import triton
+
         # Where its kernels run: a GPU, or the CPU under an emulating driver.
         runs_on = triton.runtime.driver.active.get_active_torch_device().type
-    except (RuntimeError, AttributeError) as error:  # no driver, or a broken one
+    except (
+        Exception
+    ) as error:  # no driver, or one whose helper does not compile: it raises anything
         return f"Triton has no driver here: {error}"
     if runs_on != device:
         return f"Triton's active driver runs on {runs_on} tensors, these are on {device}"

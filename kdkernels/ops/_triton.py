@@ -23,12 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns a tile, and tiles a chunk, by chip, group (8: a 16-bit dtype is among the rows', 4:
-# float32) and the number of columns up to which a line is used: (columns, BLOCK, tiles). A thread
-# has 8 columns of a tile (``warps``): 16 or 32 bytes from each row in flight, few registers, and
-# with few lanes to combine at a chunk's end. Chosen on paper; the same for every chip so far.
-_LINES = ((256, 256, 1), (1024, 1024, 1), (None, 2048, 4))
-_TABLE = {("cuda", 8): _LINES, ("cuda", 4): _LINES, ("hip", 8): _LINES, ("hip", 4): _LINES}
+# Columns a tile, and tiles a chunk, by the number of columns up to which a line is used:
+# (columns, BLOCK, tiles). A thread has 8 columns of a tile: 16 or 32 bytes from each row in flight,
+# few registers, and few lanes to combine at a chunk's end. Chosen on paper, so nothing yet speaks
+# for another line on another chip or for another dtype.
+_TABLE = ((256, 256, 1), (1024, 1024, 1), (None, 2048, 4))
 _COLUMNS_A_THREAD = 8
 
 # No product is fused into a sum unless a kernel says so (tl.fma): a fused product at the head of a
@@ -78,8 +77,7 @@ def cut(vocab: int, *matrices: Tensor) -> Cut:
     """
     group = 16 // min(m.element_size() for m in matrices)
     backend, _ = target()
-    lines = _TABLE[backend, group]
-    block, tiles = next((b, t) for columns, b, t in lines if columns is None or vocab <= columns)
+    block, tiles = next((b, t) for columns, b, t in _TABLE if columns is None or vocab <= columns)
     first = matrices[0]
     shifted = bool(first_offset(first) % group or first.stride(0) % group and first.shape[0] > 1)
     wide = tuple(_same_alignment(first, m, group) for m in matrices)
@@ -132,6 +130,12 @@ def hardware_log() -> bool:
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU the current one, which is where Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def anchored(maximum):
+    """What is subtracted from a row: its maximum, 0 where that is −inf."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit

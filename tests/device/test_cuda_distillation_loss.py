@@ -154,6 +154,21 @@ def test_nothing_but_the_label_counts():
     check(student, teacher, labels_for(student), name="forward_kl", **options)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("vocab", [131, 1100])  # a warp a row; a block a row
+def test_statistics_of_a_row_without_kd(name, vocab):
+    """Its gradient reads the exponentials that the sweep for the statistics must have left."""
+    student, teacher = pair(3, vocab)
+    options = dict(
+        divergence=name, kd_weight=torch.tensor([1.0, 0.0, 1.0]), ce_weight=1.0, return_stats=True
+    )
+    call = (student, teacher, labels_for(student))
+    got, record = emulate.cuda(kdkernels.distillation_loss_and_grad, *call, **options)
+    expected = kdkernels.distillation_loss_and_grad(*call, backend="reference", **options)
+    record.assert_clean()
+    torch.testing.assert_close(got[1], expected[1], rtol=2e-5, atol=2e-7)
+
+
 def test_statistics_and_reductions_agree_with_the_reference():
     student, teacher = pair(5, 200)
     labels, weights = labels_for(student), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0])
@@ -227,7 +242,7 @@ def test_a_label_out_of_range_makes_its_row_nan():
 def test_a_label_out_of_range_counts_where_the_reference_reads_it(monkeypatch, name, terms):
     """Where a term has weight 0 it makes nothing NaN."""
     op = sys.modules["kdkernels.ops.distillation_loss"]
-    monkeypatch.setattr(op, "_check_labels", lambda *labels: None)  # on a GPU nobody looks
+    monkeypatch.setattr(op, "check_labels", lambda *labels: None)  # on a GPU nobody looks
     student, teacher = pair(2, 131)
     labels = torch.tensor([131, 2])
     run = kdkernels.distillation_loss_and_grad

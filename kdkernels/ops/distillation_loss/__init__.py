@@ -298,7 +298,11 @@ def explain(
         teacher_logits: its dtype decides too; default: like the student's.
         backend: as in the call.
     """
-    dtypes = [x.dtype for x in (student_logits, teacher_logits) if x is not None]
+    given = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    for argument, logits in given.items():
+        if logits is not None:
+            check_floats(argument, logits)
+    dtypes = [logits.dtype for logits in given.values() if logits is not None]
     name, why = _backend.choose(backend, student_logits.device, tuple(dtypes))
     return f"{name}: {why}"
 

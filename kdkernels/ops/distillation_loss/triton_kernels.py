@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import divergences_triton
 from ...divergences_triton import LN_2, LOG2_E, TERMS, probabilities, times
 from .. import _triton
-from .._triton import inside, masked_tile, positions, row_pointer, row_shift, span
+from .._triton import anchored, inside, masked_tile, positions, row_pointer, row_shift, span
 from . import reference
 
 # Lines of `rows` by name, for the kernels.
@@ -81,12 +81,6 @@ STATES = tl.constexpr(len(_STATE))
 # Bits of KIND: what a first sweep has to sum besides the log-sum-exps.
 FORWARD, REVERSE, TILTED, POWERS = (tl.constexpr(1 << bit) for bit in range(4))
 UNIT, SMOOTHING, STATS, EXCLUDE = (tl.constexpr(1 << bit) for bit in range(4, 8))
-
-
-@triton.jit
-def anchored(maximum):
-    """What is subtracted from a row: its maximum, 0 where that is −inf."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit

@@ -12,12 +12,7 @@ from torch import Tensor
 
 from ...divergences_triton import LN_2, LOG2_E, times
 from .. import _triton
-from .._triton import inside, masked_tile, positions, row_pointer, row_shift, span
-
-
-@triton.jit
-def anchored(maximum):
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
+from .._triton import anchored, inside, masked_tile, positions, row_pointer, row_shift, span
 
 
 @triton.jit
