@@ -541,8 +541,8 @@ def _check_shape(name: str, value: Any, leading: torch.Size, device: torch.devic
 
 
 def check_labels(labels: Tensor | None, ignore_index: int, vocab_size: int) -> None:
-    """IndexError for the reference on the CPU; elsewhere such a row's loss is NaN,
-    since the host must not wait.
+    """IndexError for the reference on the CPU; elsewhere such a row is NaN where a term that counts
+    reads the label, since the host must not wait.
     """
     if (
         labels is None
