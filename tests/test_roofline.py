@@ -266,7 +266,7 @@ def test_a_fresh_count_of_a_peer_is_the_stored_one(can_count):
 
 def test_a_fresh_count_of_ours_is_the_stored_one(can_count):
     name, job = next((name, job) for name, job in roofline.our_jobs() if name == "softmax")
-    # In a process of its own, as --count does: what other tests compiled and loaded stays in theirs.
+    # In a process of its own, as --count does: other tests have compiled and loaded in this one.
     (fresh,) = counting.count_ours_apart([job], "triton", 90)
     stored = roofline.Counts().works[roofline.our_key("triton", name, job, 90)]
     assert fresh == stored, "the kernels changed: python -m benchmarks.roofline --count"
