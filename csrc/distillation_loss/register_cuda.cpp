@@ -34,8 +34,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher,
     problem.totals = static_cast<float*>(totals->data_ptr());
     loss_data = static_cast<float*>(loss.data_ptr());
   }
-  Tensor workspace =
-      torch::stable::new_empty(student, {cuda_workspace_bytes()}, ScalarType::Byte);
+  Tensor workspace = torch::stable::new_empty(student, {cuda_workspace_bytes()}, ScalarType::Byte);
   check(cuda_forward(problem, loss_data, workspace.data_ptr(), stream_of(student)));
   return {loss, rows};
 }
