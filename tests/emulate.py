@@ -290,7 +290,7 @@ class Implementation:
         )
 
     def softmax(self, x, temperature, temperature_tensor, log):
-        output = torch.full(x.shape, torch.nan, dtype=x.dtype)
+        output = _fresh(x)
         problem = _SoftmaxProblem(_matrix(x), _matrix(output), _matrix(None))
         problem.temperature, problem.log = _parameter(temperature, temperature_tensor), log
         self._run(
@@ -304,7 +304,7 @@ class Implementation:
         return output
 
     def softmax_backward(self, grad, output, temperature, temperature_tensor, log):
-        gradient = torch.full(output.shape, torch.nan, dtype=output.dtype)
+        gradient = _fresh(output)
         problem = _SoftmaxProblem(_matrix(grad), _matrix(output), _matrix(gradient))
         problem.temperature, problem.log = _parameter(temperature, temperature_tensor), log
         self._run(
@@ -320,7 +320,7 @@ class Implementation:
 
 
 def _fresh(like: torch.Tensor) -> torch.Tensor:
-    """A gradient of the input's shape, full of NaN: what a kernel forgets to write is seen."""
+    """A result of a tensor's shape, full of NaN: what a kernel forgets to write is seen."""
     return torch.full(like.shape, torch.nan, dtype=like.dtype)
 
 

@@ -118,9 +118,7 @@ def _triton_error(device: str) -> str | None:
 
         # Where its kernels run: a GPU, or the CPU under an emulating driver.
         runs_on = triton.runtime.driver.active.get_active_torch_device().type
-    except (
-        Exception
-    ) as error:  # no driver, or one whose helper does not compile: it raises anything
+    except Exception as error:  # no driver, or its helper in C does not compile: any error
         return f"Triton has no driver here: {error}"
     if runs_on != device:
         return f"Triton's active driver runs on {runs_on} tensors, these are on {device}"
