@@ -19,6 +19,7 @@ its digits where the student is near its teacher (14 to 27 % of the gradient whe
 """
 
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ SCHEMAS = {
     "ScalarType student_operands, float? teacher_softcap, float teacher_logit_scale, "
     "ScalarType teacher_operands, SymInt chunk_rows, str backend, bool[] wanted, Tensor? upstream, "
     f"{OPTIONS}) -> (Tensor, Tensor, Tensor[])",
+    "distillation_loss_and_grad_into": f"(Tensor student, Tensor teacher, {OPTIONS}, "
+    "bool teacher_grad, Tensor(a!) grad) -> (Tensor loss, Tensor rows, Tensor teacher_grad)",
     "mm_float32_": "(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()",
     "scaled": "(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor",
 }
@@ -59,7 +62,7 @@ torch.library.register_fake("kdkernels::linear_distillation_loss")(
 # alone at V = 49152, Hs = Ht = 576, N = 1024 with chunks of 64, 128, 256 and 512 rows: float32
 # 1.79, 1.42, 1.33, 1.25; bfloat16 3.6, 2.7, 2.5, 2.4 (one reading, load average 1.8). This is 256
 # to 340 rows there, and leaves the whole call under 256 MiB beside its gradients.
-DEFAULT_MEMORY_BUDGET = 128 * 2**20
+DEFAULT_MEMORY_BUDGET = 192 * 2**20
 
 
 def linear_distillation_loss(
@@ -174,10 +177,11 @@ def linear_distillation_loss(
     tensors = _flattened(heads)
     if not teacher_grad:
         tensors = [*tensors[:3], *(x if x is None else x.detach() for x in tensors[3:])]
-    logit_bytes = _logit_bytes(student_softcap, transforms[2], gradient=True)
+    parts = reference.parts_of(transforms[2], student_hidden.device)
+    logit_bytes = reference.logit_bytes(transforms[2], transforms[0], True, parts)
     if heads.teacher_hidden is not None:
-        logit_bytes += _logit_bytes(teacher_softcap, transforms[5], teacher_grad)
-    chunk_rows = _chunk_rows(chunk_rows, memory_budget, vocab * logit_bytes)
+        logit_bytes += reference.logit_bytes(transforms[5], transforms[3], teacher_grad, parts)
+    chunk_rows = _chunk_rows(chunk_rows, memory_budget, math.ceil(vocab * logit_bytes))
     config = (*transforms, chunk_rows, chosen)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         loss, stats = _Linear.apply(*tensors, config, row)
@@ -376,13 +380,6 @@ def _chunk_rows(chunk_rows: Any, memory_budget: Any, row_bytes: int) -> int:
     if memory_budget is not None:
         raise ValueError("chunk_rows and memory_budget are given; accepted: one of them")
     return chunk_rows
-
-
-def _logit_bytes(softcap: float | None, operands: torch.dtype, gradient: bool) -> int:
-    """What one logit takes in the buffers of reference._Head and of the row op."""
-    size = reference.head_dtype(operands).itemsize
-    rounded = 2 if operands == torch.bfloat16 and gradient else 0
-    return size + rounded + (0 if softcap is None else size)
 
 
 def _flattened(heads: _Heads) -> list[Tensor | None]:
