@@ -217,8 +217,9 @@ void scale_rows(const std::string& level, int threads, py::array array, py::arra
   Matrix matrix = matrix_of(array);
   int64_t n = array.shape(0);
   auto run = [&](auto by, auto rows) {
-    on_threads(threads, n,
-               [&](int64_t begin, int64_t end) { rows(matrix, matrix, by.data, by.stride, begin, end); });
+    on_threads(threads, n, [&](int64_t begin, int64_t end) {
+      rows(matrix, matrix, by.data, by.stride, begin, end);
+    });
   };
   if (dtype_of(factor) == Dtype::float64) {
     run(reals<double>(factor, n), table.scale_double);

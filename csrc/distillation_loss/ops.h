@@ -205,8 +205,9 @@ template <auto& forward>
 std::tuple<Tensor, Tensor, Tensor> distillation_loss_and_grad_into(Tensor student, Tensor teacher,
                                                                    KD_OPTIONS, bool teacher_grad,
                                                                    Tensor grad) {
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == student.size(0) && grad.size(1) >= vocab_size,
-                  "kdkernels: grad must have the student's rows and columns");
+  STD_TORCH_CHECK(
+      grad.dim() == 2 && grad.size(0) == student.size(0) && grad.size(1) == student.size(1),
+      "kdkernels: grad must have the student's rows and columns");
   Tensor gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
   auto [loss, rows] =
       forward(student, teacher, KD_TAKE_OPTIONS, &grad, teacher_grad ? &gt : nullptr);

@@ -22,7 +22,7 @@
 namespace kd {
 namespace {
 
-constexpr int64_t kTile = 16;  // rows of a tile, and 32-bit columns
+constexpr int64_t kTile = 16;          // rows of a tile, and 32-bit columns
 constexpr int64_t kDepth = 2 * kTile;  // bfloat16 columns of a tile
 
 bool detect() {

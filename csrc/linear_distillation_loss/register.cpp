@@ -69,11 +69,10 @@ void mm_float32_(Tensor out, Tensor a, Tensor b, bool accumulate) {
     auto* logits = static_cast<float*>(out.data_ptr());
     AmxHidden hidden(static_cast<const uint16_t*>(a.data_ptr()), left.leading, m, k);
     constexpr int64_t kPanel = AmxHidden::kPanel;
-    torch::stable::parallel_for(
-        0, (n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
-          int64_t last = end * kPanel < n ? end * kPanel : n;
-          hidden.logits(weight, right.leading, logits, leading, begin * kPanel, last);
-        });
+    torch::stable::parallel_for(0, (n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+      int64_t last = end * kPanel < n ? end * kPanel : n;
+      hidden.logits(weight, right.leading, logits, leading, begin * kPanel, last);
+    });
     return;
   }
   cblas_gemm_bf16bf16f32(101, left.transpose, right.transpose, m, n, k, 1, a.data_ptr(),
@@ -81,8 +80,8 @@ void mm_float32_(Tensor out, Tensor a, Tensor b, bool accumulate) {
                          static_cast<float*>(out.data_ptr()), leading);
 }
 
-// A kept gradient times the upstream factor, rounded once: torch.mul into another dtype makes a whole
-// temporary.
+// A kept gradient times the upstream factor, rounded once: torch.mul into another dtype makes a
+// whole temporary.
 Tensor scaled(Tensor grad, Tensor factor, ScalarType dtype) {
   Tensor from = grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
   Tensor result = fresh_like(from, dtype);
