@@ -249,9 +249,11 @@ class RowKernel {
     if (!reads_teacher_ && !reads_unit_) return masked(i);
 
     bool one_pass = p_.student_grad.data != nullptr && p_.teacher_grad.data == nullptr;
-    x_ =
-        one_pass && of_difference_ && !p_.return_stats && p_.vocab % kLanes == 0 ? output(0) : out_;
-    if (x_ == out_) x_ = scratch_x_;
+    // Where the student's gradient will lie, if nothing reads the logits under it again: a row less
+    // in the cache (9 % of forward KL's time with 128,256 float32 columns in place).
+    bool over_gradient = one_pass && of_difference_ && !excludes_ && !p_.return_stats &&
+                         p_.vocab % kLanes == 0 && output(0) != out_;
+    x_ = over_gradient ? output(0) : scratch_x_;
     statistics();
     Real ce = 0, label_log_prob = 0, kd = 0;
     if (ce_scale_ != 0 || stats_ce) {
