@@ -141,7 +141,7 @@ struct JSDWith : Mixes {
     return {g + h, g, h};
   }
 };
-using JSD = JSDWith<false>;
+struct JSD : JSDWith<false> {};
 
 // In the skew divergences λ = 1 leaves log(q/q) = 0, which the mixture could only round to.
 struct SkewForwardKL : Mixes {
