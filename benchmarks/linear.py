@@ -329,7 +329,7 @@ def measure(case: Case, names: list[str], rounds: int, with_memory: bool) -> dic
 def scale(case: Case, rounds: int, with_memory: bool) -> dict[str, Any]:
     """Our time a token at one number of rows, and the peak."""
     inputs, step = make_inputs(case), _ours(case)
-    result = _when() | {"case": case.name, "rows": case.rows, "dtype": case.dtype}
+    result: dict[str, Any] = _when() | {"case": case.name, "rows": case.rows, "dtype": case.dtype}
     times: list[float] = []
     for number in range(-1, rounds):
         start = time.perf_counter()
