@@ -24,7 +24,7 @@ def joint_distillation_loss(
     else:
         logits_loss, rows = logits_reference.distillation_loss(student, teacher, *options)
         student_grad = student.new_empty(0)
-    _, feature_parts, grads = feature_reference.feature_loss(*features, None, wanted)
+    _, feature_parts, grads = feature_reference.feature_loss(*[*features, None, wanted])
     dtype = torch.promote_types(logits_loss.dtype, feature_parts.dtype)
     parts = torch.cat([logits_loss.reshape(1).to(dtype), feature_parts.to(dtype)])
     return parts.sum(), rows, parts, student_grad, grads
