@@ -342,6 +342,9 @@ def late_gradients(
 
 
 def differentiable(call: FeatureCall, *others: Tensor) -> list[Tensor]:
+    """What a second derivative would be taken of; asked for in a backward with a graph alone."""
+    if not torch.is_grad_enabled():
+        return []
     return [*others, *(x for x in call.tensors if x is not None and x.requires_grad)]
 
 
