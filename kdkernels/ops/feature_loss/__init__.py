@@ -72,7 +72,7 @@ def feature_loss(
 
     Args:
         student: one feature, or a list of one a layer: float64, float32, bfloat16 or float16, two
-            dimensions or more, any strides (channels_last, slices, expanded) without a copy.
+            to six dimensions, any strides (channels_last, slices, expanded) without a copy.
             Dimension 0 is the sample.
         teacher: as many, of the students' shapes; dtypes may differ, and for ``"attention"`` the
             number of channels.
@@ -446,6 +446,8 @@ def _dim(name: str, dim: Any, feature: Tensor) -> int:
             f"a feature has shape {tuple(feature.shape)}; accepted: two dimensions or more, "
             "samples first"
         )
+    if rank > 6:
+        raise ValueError(f"a feature has {rank} dimensions; accepted: two to six")
     if dim is None:
         if rank > 5:
             raise ValueError(f"{name} is None with {rank} dimensions; accepted: an int")
