@@ -672,14 +672,15 @@ def test_hidden_states_that_are_views(backend):
     assert_same(gradients(got, tensors), gradients(want, tensors), 1e-11)
 
 
-def test_checkpoint(backend):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant, backend):
     tensors = models()
     names = list(tensors)
 
     def loss(*xs):
         return fused(dict(zip(names, xs, strict=True)), chunk_rows=5, backend=backend)
 
-    got = checkpoint(loss, *tensors.values(), use_reentrant=False)
+    got = checkpoint(loss, *tensors.values(), use_reentrant=reentrant)
     assert_same(gradients(got, tensors), gradients(loss(*tensors.values()), tensors), 0)
 
 
@@ -958,7 +959,7 @@ def test_heads_that_are_more_than_their_weight():
 
 
 class Shards(torch.Tensor):
-    """A tensor subclass, as quantised weights and DTensors are."""
+    """A tensor subclass, as quantised weights are."""
 
 
 def test_weights_that_are_more_than_a_tensor():
