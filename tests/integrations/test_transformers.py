@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-transformers = pytest.importorskip("transformers", reason="pip install kdkernels[llm]")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed (kdkernels[llm])"
+)
 from transformers import (  # noqa: E402
     CohereConfig,
     Gemma2Config,
