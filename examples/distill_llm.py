@@ -79,6 +79,7 @@ def main(argv=None):
         lr_scheduler_type="cosine",
         warmup_steps=options.steps // 20,
         bf16=cuda,
+        use_cpu=not cuda,
         eval_strategy="steps",
         eval_steps=max(1, options.steps // 5),
         save_steps=max(1, options.steps // 5),

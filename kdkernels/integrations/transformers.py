@@ -208,7 +208,8 @@ class DistillationTrainer(Trainer):
 
 def _causal_lm(model: nn.Module) -> Any:
     """Beneath PEFT, whose adapters sit inside its layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    outer: Any = model
+    return outer.get_base_model() if hasattr(outer, "get_base_model") else outer
 
 
 def _hidden(lm: Any, **batch: Any) -> Tensor:
@@ -236,7 +237,7 @@ def _normalizer(count: Tensor | int | None) -> Tensor | float | None:
 def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Calls of the module, through whatever wraps it, run ``forward``."""
     own = vars(module).get("forward")  # accelerate puts one there for mixed precision
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

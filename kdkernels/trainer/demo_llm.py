@@ -306,15 +306,18 @@ class Evaluation:
         """The teacher's own cross-entropy, nats a token."""
         weight = self.teacher.get_output_embeddings().weight
         with torch.no_grad(), _autocast(weight.device, self.dtype):
-            losses = [
+            losses: list[Any] = [
                 linear_distillation_loss(
-                    hidden, weight, labels=batch[:, 1:], kd_weight=0.0, ce_weight=1.0
+                    hidden,
+                    weight,
+                    labels=batch[:, 1:],
+                    kd_weight=0.0,
+                    ce_weight=1.0,
+                    reduction="none",
                 )
                 for hidden, batch in zip(self.hidden, self.text, strict=True)
             ]
-        sizes = [len(batch) for batch in self.text]
-        total = sum(loss.item() * size for loss, size in zip(losses, sizes, strict=True))
-        return total / sum(sizes)
+        return torch.cat(losses).mean().item()
 
     def __call__(self, lm: Any) -> dict[str, float]:
         weights = [each.get_output_embeddings().weight for each in (lm, self.teacher)]
@@ -552,7 +555,8 @@ def _markdown(report: dict[str, Any]) -> str:
 - Both losses are one call of `kdkernels.linear_distillation_loss` on hidden states; cross-entropy
   alone runs no teacher.
 
-The same {compared} distillation steps from the same weights, fused and on materialised logits, in turn:
+The same {compared} distillation steps from the same weights, in turn fused and on
+materialised logits:
 
 | | s a step | memory a step adds at its peak | first loss | last loss |
 | --- | ---: | ---: | ---: | ---: |

@@ -47,7 +47,7 @@ def test_accelerate_launch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = f"""{sys.executable} -m accelerate.commands.launch --cpu --num_processes 2
+    command = f"""{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2
         --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port {port}
         {EXAMPLE} --teacher {tmp_path}/teacher --student {tmp_path}/student
         --text {tmp_path}/text --output-dir {tmp_path}/out --length 12 --batch 2 --accumulate 2

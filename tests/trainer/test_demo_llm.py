@@ -1,4 +1,4 @@
-"""`kdkernels demo --llm` on a model of 40 thousand weights; the real one only where it is installed.
+"""`kdkernels demo --llm` on a model of 40 thousand weights; the real one only where it is there.
 
 The demo's own claims are tested on it: that a fused step is an eager step, that the saved student
 is the trained one, that held-out figures are those of materialised logits.

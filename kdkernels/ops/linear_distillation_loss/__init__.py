@@ -237,8 +237,9 @@ class LinearDistillationLoss(nn.Module):
         for name, head in zip(("student", "teacher"), self._heads, strict=True):
             if head is None or (name == "teacher" and not teacher):
                 continue
-            if hasattr(head, "unshard"):  # its forward, before which FSDP2 would, never runs
-                head.unshard()
+            gather: Any = getattr(head, "unshard", None)
+            if gather is not None:  # its forward, before which FSDP2 would gather it, never runs
+                gather()
             _check_head(f"{name}_head", head)
             result |= {f"{name}_weight": head.weight, f"{name}_bias": head.bias}
         return result
