@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "../first_touch.h"
 #include "../rows.h"
 #include "../scratch.h"
 #include "problem.h"
@@ -663,8 +664,15 @@ class PieceKernel {
 
 template <class Real>
 void run(const Problem<Real>& problem, int64_t layer, int64_t begin, int64_t end) {
-  PieceKernel<Real> kernel(problem, problem.layers[layer]);
-  for (int64_t piece = begin; piece < end; ++piece) kernel.run(piece);
+  const Layer<Real>& l = problem.layers[layer];
+  PieceKernel<Real> kernel(problem, l);
+  int64_t of_sample = l.pieces / l.samples;
+  Matrix gradient{l.gradient.data, l.gradient.dtype, l.gradient.strides.sample, 0};
+  FirstTouch fresh(gradient, l.samples, begin / of_sample, (end - 1) / of_sample + 1);
+  for (int64_t piece = begin; piece < end; ++piece) {
+    fresh.before(gradient.row(piece / of_sample + 1));
+    kernel.run(piece);
+  }
 }
 
 }  // namespace
