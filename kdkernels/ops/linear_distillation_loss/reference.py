@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _backend
 from ..distillation_loss import OPTION_NAMES, check_labels
 from ..distillation_loss import reference as row_reference
+from .products import into_float32
 
 STATS = row_reference.STATS
 OF_THE_TEACHER = [STATS.index(name) for name in ("kd", "teacher_entropy", "top1_agreement")]
@@ -168,7 +169,9 @@ class _Head:
         return self.buffers[name][:size]
 
     def _product(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-        if not a.dtype == b.dtype == out.dtype:
+        if out.is_cuda and a.dtype == b.dtype and out.dtype == torch.float32:
+            into_float32(out, a, b, accumulate)
+        elif not a.dtype == b.dtype == out.dtype:
             same = a.dtype == b.dtype == torch.bfloat16
             (self.mm_float32_ if same else mm_float32_)(out, a, b, accumulate)
         elif accumulate:
