@@ -15,7 +15,6 @@ from torch import Tensor
 from .. import _backend
 from ..distillation_loss import OPTION_NAMES, check_labels
 from ..distillation_loss import reference as row_reference
-from .products import into_float32
 
 STATS = row_reference.STATS
 OF_THE_TEACHER = [STATS.index(name) for name in ("kd", "teacher_entropy", "top1_agreement")]
@@ -32,6 +31,24 @@ def mm_float32_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
             left = a[i, p].float()
             for j in _tiles(b.shape[1]):
                 out[i, j].addmm_(left, b[p, j].float())
+
+
+def into_float32(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """out (m, n) float32 = a (m, k) @ b (k, n), or += that, a and b of one dtype.
+
+    On CUDA by cuBLAS, which adds up in float32 anyway and then only does not round: a float32 result
+    of bfloat16 or float16 matrices costs its bytes. torch.mm with ``out_dtype`` has no CPU kernel.
+    """
+    if a.dtype == torch.float32:
+        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    elif out.is_cuda:
+        if accumulate:
+            torch.addmm(out, a, b, torch.float32, out=out)
+        else:
+            torch.mm(a, b, torch.float32, out=out)
+    else:
+        op = torch.ops.kdkernels.mm_float32_ if a.dtype == torch.bfloat16 else mm_float32_
+        op(out, a, b, accumulate)
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -54,13 +54,16 @@ from ..distillation_loss.triton_kernels import (
     gradient_row,
     gradient_tile,
 )
-from .products import into_float32
-from .reference import OF_THE_TEACHER
+from .reference import OF_THE_TEACHER, into_float32
 
-# Rows and columns a tile, and what of the hidden size a step of a product takes. Two float32
-# accumulators of 128×128 are 128 registers of each of 256 threads. Columns a chunk: one program's
-# share of a row, after which it leaves 72 bytes.
-BLOCK_M, BLOCK_N, CHUNK = 128, 128, 4096
+# Rows and columns a tile. 64 FLOPs for each byte from L2; 128×64, whose kernels hardly spill, has
+# 43: 235 TFLOPS at an H100's 5.5 TB/s. Two accumulators of a tile are 128 registers of each of 256
+# threads, and what follows a product spills 0.3 to 1.9 KB a thread and tile (ptxas, sm_80, sm_90):
+# up to 0.5 MB, 3 us of a multiprocessor where a tile's products take 40 or more (H = 4096). Terms
+# that mix p and q need twice the threads: 0.9 instead of 33 KB in _sums for JSD on sm_80.
+BLOCK_M, BLOCK_N, WARPS = 128, 128, 8
+# Columns a chunk: one program's share of a row, after which it leaves 72 bytes.
+CHUNK = 4096
 # Row blocks that go through the chunks together: their hidden states (1 MiB a block and model at
 # H = 4096) stay in L2, and the weights come from memory once for each group.
 GROUP_M = 8
@@ -416,7 +419,7 @@ def _forward(heads, given, labels, at_labels, totals, divergence, options) -> No
             _sums[grid](
                 *heads.tensors(), rows, masks, sums, n, vocab, chunks, *heads.numbers(),
                 TERM=term.function, MIXES=term.mixes, HARDWARE=_triton.hardware_log(),
-                **heads.options(), CHUNK=CHUNK, GROUP_M=GROUP_M,
+                **heads.options(term.mixes), CHUNK=CHUNK, GROUP_M=GROUP_M,
             )  # fmt: skip
         of_logits.finish(given, labels, *rest, t_squared, given.class_b)
 
@@ -490,7 +493,7 @@ class Heads(NamedTuple):
             found[7], found[9] = self.teacher_logits.stride()
         return tuple(found)
 
-    def options(self) -> dict[str, Any]:
+    def options(self, mixes: bool = False) -> dict[str, Any]:
         stored = [x for x in (*self[:2], *self[3:5]) if x is not None]
         step = 64 if max(x.element_size() for x in stored) == 2 else 32
         found: dict[str, Any] = {}
@@ -509,7 +512,7 @@ class Heads(NamedTuple):
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
             BLOCK_K=step,
-            num_warps=8,
+            num_warps=2 * WARPS if mixes else WARPS,
             num_stages=3,
             **_triton.EXACT,
         )
@@ -629,7 +632,7 @@ class _Backward:
                 NAME=divergence, TERM=term.function, MIXES=term.mixes,
                 EXCLUDES=divergence == "dkd", HARDWARE=_triton.hardware_log(),
                 LABELLED=labels is not None, STUDENT_GRAD=ds is not None,
-                TEACHER_GRAD=dt is not None, **self.heads.options(), GROUP_M=GROUP_M,
+                TEACHER_GRAD=dt is not None, **self.heads.options(term.mixes), GROUP_M=GROUP_M,
             )  # fmt: skip
 
     def take_in(self, start: int, stop: int) -> None:
