@@ -94,7 +94,9 @@ def check(tensors, labels, name, parameters, *, heads=None, upstream=None, floor
     dtype = tensors["student_hidden"].dtype
     given = (tensors, labels, name, parameters)
     loss, grads = expected(*given, torch.float64, heads, upstream, **options)
-    own_loss, own = expected(*given, dtype, heads, upstream, **options)
+    # The loss is of float32 logits: no better than PyTorch's of those will do.
+    own_loss, _ = expected(*given, torch.float32, heads, upstream, **options)
+    _, own = expected(*given, dtype, heads, upstream, **options)
     got = kdkernels.linear_distillation_loss(
         **tensors, labels=labels, divergence=divergence(name, parameters), teacher_grad=True,
         low_memory=True, memory_budget=1, **heads, **options,
@@ -104,7 +106,8 @@ def check(tensors, labels, name, parameters, *, heads=None, upstream=None, floor
     got_grads = torch.autograd.grad(got, leaves, up)
     errors = {"loss": off(got, loss)}
     assert got.dtype == torch.float32
-    assert errors["loss"] <= max(2 * off(own_loss, loss), 4e-7), (name, parameters, errors)
+    limit = max(2 * off(own_loss, loss), 1e-6)
+    assert errors["loss"] <= limit, (name, parameters, errors, limit)
     for leaf, grad, place in zip(leaves, got_grads, tensors, strict=True):
         assert grad.shape == leaf.shape and grad.dtype == leaf.dtype
         error = errors[place] = off(grad, grads[place])

@@ -596,7 +596,8 @@ class _Backward:
         self.teacher = _Side(heads[3:6], heads.teacher_operands, of_teacher, width, vocab)
         self.by_logits = rows.new_empty(0)
         if self.wants_logits:
-            self.by_logits = torch.zeros_like(heads.teacher_logits)
+            given = heads.teacher_logits
+            self.by_logits = given.new_zeros(given.shape)  # columns of stride 1, as panels
         self.upstream = grad_loss.float().expand(n)
         self.unscale = rows.new_ones(())
         if torch.float16 in (heads.student_operands, heads.teacher_operands):
