@@ -128,7 +128,7 @@ def table(works: dict[str, Work], parameters: Parameters) -> str:
         f"{VOCAB * HIDDEN * 4 / 2**30:.1f} GiB of sum. low_memory: six products "
         f"({6 * flops / 1e12:.1f} TFLOP; JSD eight, {8 * flops / 1e12:.1f}), two of them cuBLAS's; "
         "what its kernels do to a tile after its products (counted on sm_80 and sm_90, B200 with "
-        "sm_90's counts) comes on top, as one block fills a multiprocessor; under 0.3 GiB of "
+        "sm_90's counts) comes on top, as one block fills a multiprocessor; about 0.35 GiB of "
         "buffers. Each cell: ms, and of those products + the rest.",
         "",
         "| path | divergence | " + " | ".join(PEAK) + " |",
