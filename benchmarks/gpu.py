@@ -287,7 +287,9 @@ def refusal() -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cases = GPU_QUICK if options.quick else GPU
-    linear = gpu_linear.QUICK if options.quick else gpu_linear.CASES
+    linear: tuple[gpu_linear.LinearCase, ...] = gpu_linear.CASES
+    if options.quick:
+        linear = gpu_linear.QUICK
     groups = [g for g in gpu_checks.groups() if not options.quick or g.dtype == "bfloat16"]
     if options.case:
 
@@ -327,7 +329,7 @@ def time_linear(
     results["linear"] = []
 
     def alternately(steps: dict[str, Any]) -> Samples:
-        ignoring = {name: lambda _student, _inputs, s=s: s() for name, s in steps.items()}
+        ignoring: Any = {name: lambda _student, _inputs, s=s: s() for name, s in steps.items()}
         nothing: Any = SimpleNamespace(student=torch.empty(0))
         return measure(ignoring, nothing, seconds, clock)
 

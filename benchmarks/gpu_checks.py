@@ -333,8 +333,8 @@ class _Linear:
             self.tensors[name][1] = torch.nan  # of the masked row
 
     def _run(self, tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
-        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-        loss = kdkernels.linear_distillation_loss(**leaves, **self.options, **options)
+        leaves: dict[str, Any] = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        loss: Any = kdkernels.linear_distillation_loss(**leaves, **self.options, **options)
         return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()), self.upstream)]
 
     def __call__(self, c: Comparisons, backend: str, *_: Tensor) -> None:

@@ -477,6 +477,12 @@ def prediction_table(table: list[Line], calibration: dict[str, Any]) -> str:
     return "\n".join([*out, ""])
 
 
+def predictions_text(counts: Counts, calibration: dict[str, Any]) -> str:
+    """Both tables."""
+    linear = roofline_linear.table(counts.works, stored_parameters(calibration))
+    return prediction_table(lines(counts), calibration) + "\n" + linear
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     what = parser.add_mutually_exclusive_group()
@@ -510,9 +516,7 @@ def main() -> None:
             print(f"from the counts stored in {COUNTS.relative_to(ROOT)} (--count makes them anew)")
     except counting.Missing as e:
         sys.exit(f"cannot count: {e}")
-    calibration = json.loads(CALIBRATION.read_text())
-    text = prediction_table(lines(counts), calibration) + "\n"
-    text += roofline_linear.table(counts.works, stored_parameters(calibration))
+    text = predictions_text(counts, json.loads(CALIBRATION.read_text()))
     PREDICTIONS.write_text(text)
     print(text)
 

@@ -44,9 +44,10 @@ def _low_memory_step(case: str, width: int) -> Callable[[], Any]:
     hidden[0].requires_grad_()
 
     def step() -> None:
-        kdkernels.linear_distillation_loss(
+        loss: Any = kdkernels.linear_distillation_loss(
             hidden[0], weight[0], hidden[1], weight[1], divergence=case, low_memory=True
-        ).backward()
+        )
+        loss.backward()
 
     return step
 

@@ -46,8 +46,7 @@ def expected(tensors, labels, name, parameters, dtype, heads, upstream, **option
 
     def head(whose):
         if f"{whose}_hidden" not in tensors:
-            given = tensors[f"{whose}_logits"] if whose == "teacher" and (
-                "teacher_logits" in tensors) else None
+            given = tensors.get("teacher_logits")
             return given if given is None else (given.detach().to(dtype), 1.0)
         x, w, b = (tensors.get(f"{whose}_{part}") for part in ("hidden", "weight", "bias"))
         scale, cap = heads.get(f"{whose}_logit_scale", 1.0), heads.get(f"{whose}_softcap")

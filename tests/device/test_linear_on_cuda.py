@@ -59,7 +59,25 @@ def test_products_are_cublas_with_a_float32_result(dtype, monkeypatch):
         assert [p for p in products.found if p[1] == dtype] == logits * 2
 
 
-def test_2048_rows_a_chunk_unless_told(monkeypatch):
+def test_low_memory_where_no_useful_chunk_fits(monkeypatch):
+    """20 columns of 4 + 4 bytes: 128 rows take 20480 bytes. Not where chunk_rows is given."""
+    taken = []
+
+    def apply(tensors, transforms, budget, row):
+        taken.append(budget)
+        return torch.zeros(()), None
+
+    monkeypatch.setattr(package.logit_free, "serves", lambda device, dtypes, backend: True)
+    monkeypatch.setattr(package.logit_free, "apply", apply)
+    tensors = models(9, 20, (8, 16), bias=False)
+    for options in (dict(memory_budget=20480), dict(chunk_rows=2), dict()):
+        kdkernels.linear_distillation_loss(**tensors, **options)
+    assert not taken
+    kdkernels.linear_distillation_loss(**tensors, memory_budget=20479)
+    assert taken == [20479]
+
+
+def test_2048_rows_a_chunk_unless_told():
     cuda = torch.device("cuda")
     assert package._chunk_rows(None, None, 10 * 128256, cuda) == 2048
     assert package._chunk_rows(None, 2**30, 10 * 128256, cuda) == 2**30 // (10 * 128256)

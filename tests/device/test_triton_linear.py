@@ -86,9 +86,7 @@ def test_two_sweeps(triton_runs):
     tensors = models(**{**SIZES, "widths": (96, 96)}, bias=False)
     up = torch.linspace(-1, 2, 200, dtype=torch.float64)
     with triton_runs(arch=90):
-        check(
-            tensors, None, "jsd", {}, floor=3e-3, reduction="none", upstream=up, temperature=2.0
-        )
+        check(tensors, None, "jsd", {}, floor=3e-3, reduction="none", upstream=up, temperature=2.0)
         near = models(64, 1024, (96, 96), torch.bfloat16, bias=False)
         for part in ("hidden", "weight"):
             x = near[f"student_{part}"].detach()

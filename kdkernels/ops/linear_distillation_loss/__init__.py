@@ -112,8 +112,8 @@ def linear_distillation_loss(
         chunk_rows: tokens whose logits exist at a time, at most; default from ``memory_budget``.
         memory_budget: bytes of the chunks' buffers, at least one row; default 128 MiB on the CPU,
             2048 rows on a GPU. The float32 sum of the weight's gradient comes on top. With
-            ``low_memory`` bytes of the panels of the logits' gradient, at least 128 columns; default
-            as many as ``student_hidden`` has, or 64 MiB where that is more.
+            ``low_memory`` bytes of the panels of the logits' gradient, at least 128 columns;
+            default as many as ``student_hidden`` has, or 64 MiB where that is more.
         low_memory: form tiles of logits in registers only (Triton, CUDA tensors; float64 and other
             backends raise RuntimeError). See below. On CUDA tensors it is also chosen where
             ``memory_budget`` holds fewer than 128 rows.
@@ -395,9 +395,7 @@ def _operands(hidden: Tensor | None, weight: Tensor | None) -> torch.dtype:
     return promoted
 
 
-def _chunk_rows(
-    chunk_rows: Any, memory_budget: Any, row_bytes: int, device: torch.device
-) -> int:
+def _chunk_rows(chunk_rows: Any, memory_budget: Any, row_bytes: int, device: torch.device) -> int:
     for name, value in (("chunk_rows", chunk_rows), ("memory_budget", memory_budget)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, type(None))):
             raise TypeError(f"{name} is a {type(value).__name__}; accepted: None or int")

@@ -70,9 +70,7 @@ def _low_memory_fake(student_hidden, *args):
 
 def _low_memory_backward_fake(grad_loss, rows, at_labels, panel_bytes, wanted, *args):
     return [
-        grad_loss.new_empty(0) if x is None or not wants
-        # Strides as torch.empty_like and a cast give them.
-        else torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_loss.new_empty(0) if x is None or not wants else x.new_empty(x.shape)
         for x, wants in zip(args[:7], wanted, strict=True)
     ]
 

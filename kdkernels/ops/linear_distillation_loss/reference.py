@@ -36,8 +36,8 @@ def mm_float32_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 def into_float32(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     """out (m, n) float32 = a (m, k) @ b (k, n), or += that, a and b of one dtype.
 
-    On CUDA by cuBLAS, which adds up in float32 anyway and then only does not round: a float32 result
-    of bfloat16 or float16 matrices costs its bytes. torch.mm with ``out_dtype`` has no CPU kernel.
+    On CUDA by cuBLAS, which adds up in float32 anyway: a result that is not rounded costs no more
+    than its bytes. torch.mm with ``out_dtype`` has no CPU kernel.
     """
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)

@@ -9,13 +9,20 @@ gradient  _gradient, a panel of columns at a time: tiles of logits once more →
           of the panel, rounded to the operands' dtype. Two products with the panel follow, by
           torch: ∂L/∂hidden += g·W in float32, ∂L/∂W of the panel's rows = gᵀ·hidden.
 
-Floating-point operations for each logit: Hs + Ht multiplications and additions in the forward (twice
-for class B), as many again in the backward, and 2·Hs for the gradients' products: 1.5 times those
-of chunks of rows where Hs = Ht, 2 times for class B. One kernel for each gradient (no panel in
-memory) would form the logits three times, 2 and 2.5 times, and both in one kernel would need either
-atomic additions of floats, whose order is not fixed, or V×Hs float32 sums read and written once
-per block of rows. The panel takes a fixed size, and the weight's gradient no float32 sum: each
+Multiplications and additions for each logit: Hs + Ht in the forward (twice for class B), as many
+again in the backward, and 2·Hs for the gradients' products: 1.5 times those of chunks of rows where
+Hs = Ht, 2 times for class B. One kernel for each gradient (no panel in memory) would form the
+logits three times, 2 and 2.5 times those of chunks; both in one kernel would need either atomic
+additions of floats, whose order is not fixed, or V×Hs float32 sums read and written once for each
+block of rows. The panel has a fixed size, and the weight's gradient needs no float32 sum: each
 panel's rows are complete after one product.
+
+No option skips tiles whose gradients are all small, as cut-cross-entropy's filter_eps. On real
+logits (SmolLM2-135M, 512 tokens of Python's reference, V = 49152; student: the same with noise in
+its weights, KL 0.014, 0.14, 0.44) tiles of 128×128 with every |gradient| < 2^-12 are 22, 7 and 2 %
+for forward KL (with the columns sorted by mean logit 55, 36, 27 %), which would save that share of
+two of six products, and the hidden states' gradient is then off by 1.3, 0.34, 0.12 % (1.6, 0.66,
+0.47 %), JSD's by 1.8 to 6 %: rounding costs 0.2. At 2^-16 under 5 % (4 to 34 % sorted) go.
 
 A tile is BLOCK_M rows by BLOCK_N columns. A row's numbers are sums over columns in an order that
 depends on the vocabulary alone, so statistics and loss have the same bits whatever rows are beside.
@@ -28,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...divergences_triton import LOG2_E, TERMS, expm1, probabilities
+from ...divergences_triton import LOG2_E, TERMS, expm1
 from .. import _triton
 from ..distillation_loss import check_labels
 from ..distillation_loss import triton_kernels as of_logits
@@ -360,9 +367,7 @@ def _gradient(
     if EXCLUDES:
         s = tl.where(column == label, float("-inf"), s)
         t = tl.where(column == label, float("-inf"), t)
-    ds, dt = gradient_tile(
-        s, t, raw, column, label, constants, HARDWARE, TERM, MIXES, EXCLUDES
-    )
+    ds, dt = gradient_tile(s, t, raw, column, label, constants, HARDWARE, TERM, MIXES, EXCLUDES)
     # A row that is not counted has a gradient of 0, whatever its logits are.
     counts = (reads_teacher | reads_unit)[:, None]
     if STUDENT_GRAD:
@@ -595,8 +600,8 @@ class _Backward:
         self.student = _Side(heads[:3], heads.student_operands, wanted[:3], width, vocab)
         self.teacher = _Side(heads[3:6], heads.teacher_operands, of_teacher, width, vocab)
         self.by_logits = rows.new_empty(0)
-        if self.wants_logits:
-            given = heads.teacher_logits
+        given = heads.teacher_logits
+        if given is not None and self.wants_logits:
             self.by_logits = given.new_zeros(given.shape)  # columns of stride 1, as panels
         self.upstream = grad_loss.float().expand(n)
         self.unscale = rows.new_ones(())
