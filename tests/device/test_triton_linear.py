@@ -170,6 +170,23 @@ def test_errors(change, error, text, triton_runs):
         kdkernels.linear_distillation_loss(**tensors, **{"low_memory": True, **change})
 
 
+def test_no_rows_and_double_backward(triton_runs):
+    """0 with a graph; nothing is launched."""
+    tensors = models(0, 9, (3, 5))
+    leaves = list(tensors.values())
+    with triton_runs() as record:
+        loss = kdkernels.linear_distillation_loss(**tensors, low_memory=True, teacher_grad=True)
+        assert loss == 0
+        for grad, leaf in zip(
+            torch.autograd.grad(loss, leaves, retain_graph=True), leaves, strict=True
+        ):
+            assert grad.shape == leaf.shape and not grad.any()
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        with pytest.raises(NotImplementedError, match="double backward"):
+            grads[1].sum().backward()
+    assert record.launches == 0
+
+
 def test_float64_is_refused(triton_runs):
     tensors = models(4, 9, (3, 5), torch.float64)
     with triton_runs(), pytest.raises(RuntimeError, match="low_memory=True: .*float64"):

@@ -66,7 +66,8 @@ from .reference import OF_THE_TEACHER, into_float32
 # Rows and columns a tile. 64 FLOPs for each byte from L2; 128×64, whose kernels hardly spill, has
 # 43: 235 TFLOPS at an H100's 5.5 TB/s. Two accumulators of a tile are 128 registers of each of 256
 # threads, and what follows a product spills 0.3 to 1.9 KB a thread and tile (ptxas, sm_80, sm_90):
-# up to 0.5 MB, 3 us of a multiprocessor where a tile's products take 40 or more (H = 4096). Terms
+# none of it within the loops of the products: up to 0.5 MB, 3 us of a multiprocessor where a
+# tile's products take 40 or more (H = 4096). Terms
 # that mix p and q need twice the threads: 0.9 instead of 33 KB in _sums for JSD on sm_80.
 BLOCK_M, BLOCK_N, WARPS = 128, 128, 8
 # Columns a chunk: one program's share of a row, after which it leaves 72 bytes.
@@ -78,7 +79,6 @@ GROUP_M = 8
 # Arguments whose value compiles nothing new.
 NUMBERS = (
     "n", "vocab", "chunks", "panel", "stop", "smoothing", "upstream_stride",
-    "student_panel_stride", "teacher_panel_stride",
     "student_scale", "student_softcap", "teacher_scale", "teacher_softcap",
 )  # fmt: skip
 
@@ -327,12 +327,18 @@ def _gradient(
     block, tile = place(n, chunks, BLOCK_M, GROUP_M)
     row, exists = rows_of(block, n, BLOCK_M)
     i = row[:, None]
-    column = panel + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    within = exists[:, None] & (column < stop)[None, :]
+    place_in_panel = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = panel + place_in_panel
+    # A panel has whole tiles of columns, and is read as far as they are columns: no mask, so that
+    # 16 bytes are stored at a time. The gradient of given logits ends with them.
+    within = exists[:, None]
+    teacher_within = within
+    if TEACHER == "logits":
+        teacher_within = within & (column < stop)[None, :]
     if STUDENT_GRAD:
-        student_at = student_panel + i * student_panel_stride + (column - panel)[None, :]
+        student_at = student_panel + i * student_panel_stride + place_in_panel[None, :]
     if TEACHER_GRAD:
-        teacher_at = teacher_panel + i * teacher_panel_stride + (column - panel)[None, :]
+        teacher_at = teacher_panel + i * teacher_panel_stride + place_in_panel[None, :]
     reads_teacher = tl.load(rows + KD_SCALE * n + row) != 0
     reads_unit = tl.load(rows + CE_SCALE * n + row) != 0
     reads_unit = reads_unit | (tl.load(rows + Z_SCALE * n + row) != 0)
@@ -342,7 +348,7 @@ def _gradient(
         if STUDENT_GRAD:
             tl.store(student_at, zero.to(student_panel.dtype.element_ty), mask=within)
         if TEACHER_GRAD:
-            tl.store(teacher_at, zero.to(teacher_panel.dtype.element_ty), mask=within)
+            tl.store(teacher_at, zero.to(teacher_panel.dtype.element_ty), mask=teacher_within)
         return
     label = tl.full((BLOCK_M, 1), -1, tl.int64)
     if LABELLED:
@@ -375,7 +381,7 @@ def _gradient(
         tl.store(student_at, ds.to(student_panel.dtype.element_ty), mask=within)
     if TEACHER_GRAD:
         dt = tl.where(reads_teacher[:, None], dt * teacher_slope, 0.0)
-        tl.store(teacher_at, dt.to(teacher_panel.dtype.element_ty), mask=within)
+        tl.store(teacher_at, dt.to(teacher_panel.dtype.element_ty), mask=teacher_within)
 
 
 # ---- the ops ----
@@ -592,7 +598,7 @@ class _Backward:
         each = (heads.student_operands.itemsize if any(wanted[:3]) else 0) + (
             heads.teacher_operands.itemsize if any(of_teacher) else 0
         )
-        width = vocab
+        width = -(-vocab // BLOCK_N) * BLOCK_N
         if each:
             tiles = panel_bytes // (max(1, n) * each * BLOCK_N)
             width = min(-(-vocab // BLOCK_N), max(1, tiles)) * BLOCK_N
