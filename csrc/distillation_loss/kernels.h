@@ -737,20 +737,20 @@ void backward_rows(const Problem<Real>& problem, int64_t begin, int64_t end) {
   rows_with_gradients(problem, begin, end, [&](int64_t i) { kernel.backward(i); });
 }
 
-// Rows times a factor each, in place, left alone where it is 1.
+// Rows times a factor each; in place, where `to` is `from`, those of factor 1 are left alone.
 template <class Real>
-void scale_rows(const Matrix& matrix, const Real* factor, int64_t stride, int64_t begin,
-                int64_t end) {
+void scale_rows(const Matrix& from, const Matrix& to, const Real* factor, int64_t stride,
+                int64_t begin, int64_t end) {
   Real buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     Real by = factor[i * stride];
-    if (by == 1) continue;
-    Row row = row_of(matrix, i, -1);
-    for (int64_t start = 0; start < matrix.columns; start += kBlock) {
-      int64_t n = matrix.columns - start < kBlock ? matrix.columns - start : kBlock;
+    if (by == 1 && to.data == from.data) continue;
+    Row row = row_of(from, i, -1);
+    for (int64_t start = 0; start < from.columns; start += kBlock) {
+      int64_t n = from.columns - start < kBlock ? from.columns - start : kBlock;
       const Real* x = load(row, start, n, buffer);
       scaled_nonzero(x, by, buffer, n);
-      store(buffer, matrix.row(i), matrix.dtype, start, n);
+      store(buffer, to.row(i), to.dtype, start, n);
     }
   }
 }
