@@ -58,12 +58,12 @@ torch.library.register_fake("kdkernels::linear_distillation_loss")(
     reference.linear_distillation_loss_fake
 )
 
-# Bytes of the buffers that the chunks go through, where nobody says. At V = 49152 this is 512 rows
-# of two float32 heads and 1024 of two bfloat16 ones on the CPU (256 rows of logits at a time), and
-# leaves the whole call under 256 MiB beside its gradients. Time over the matrix products alone,
-# bfloat16, Hs = Ht = 576, N = 4096, with 128 and 192 MiB: 1.96 and 1.69 (processor time of one
-# thread on a loaded machine).
-DEFAULT_MEMORY_BUDGET = 192 * 2**20
+# Bytes of the buffers that the chunks go through, where nobody says. At V = 49152 this is 426 rows
+# of two float32 heads and 853 of two bfloat16 ones on the CPU (214 rows of logits at a time), and
+# leaves the whole call under 256 MiB beside its gradients (192 MiB took 255.6 in bfloat16). More
+# rows are faster: time over the matrix products alone, bfloat16, Hs = Ht = 576, N = 4096, was 1.96
+# with 128 MiB and 1.69 with 192 (processor time of one thread on a loaded machine).
+DEFAULT_MEMORY_BUDGET = 160 * 2**20
 
 
 def linear_distillation_loss(
@@ -108,7 +108,7 @@ def linear_distillation_loss(
         student_logit_scale, teacher_logit_scale: z = scale·(hidden @ weight.T + bias), before the
             softcap (Cohere).
         chunk_rows: tokens whose logits exist at a time, at most; default from ``memory_budget``.
-        memory_budget: bytes of the chunks' buffers, at least one row; default 192 MiB. The float32
+        memory_budget: bytes of the chunks' buffers, at least one row; default 160 MiB. The float32
             sum of the weight's gradient comes on top.
         teacher_grad: also give the teacher's tensors their gradients; else they are detached.
         backend: None chooses (``kdkernels.explain``); it serves the rows, matrix products are
