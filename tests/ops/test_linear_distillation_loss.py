@@ -1044,7 +1044,7 @@ def test_heads_that_are_more_than_their_weight():
 
 
 class Shards(torch.Tensor):
-    """A tensor subclass, as quantised weights and DTensors are."""
+    """A tensor subclass, as quantised weights are."""
 
 
 def test_weights_that_are_more_than_a_tensor():

@@ -206,7 +206,9 @@ class LinearDistillationLoss(nn.Module):
     The heads stay their models': they are not submodules of the loss, whose ``parameters()`` and
     ``state_dict()`` are empty. A head is used through its weight and bias, so one that does
     something else (a LoRA adapter, a quantised weight, a hook) raises TypeError; a parametrised
-    ``nn.Linear`` is used through its effective weight.
+    ``nn.Linear`` is used through its effective weight. One that FSDP2's ``fully_shard`` was given
+    is gathered (``head.unshard()``), and stays so until FSDP2 frees it: after the backward, where
+    that gives it a gradient.
     """
 
     def __init__(
@@ -216,7 +218,9 @@ class LinearDistillationLoss(nn.Module):
         check_names("LinearDistillationLoss", options, [*_KEYWORDS, *_OPTIONS])
         self._heads = (student_head, teacher_head)  # a tuple's modules are not registered
         self.options = options
-        self._head_tensors()
+        for name, head in zip(("student_head", "teacher_head"), self._heads, strict=True):
+            if head is not None:
+                _check_head(name, head)
 
     def forward(
         self,
@@ -239,6 +243,9 @@ class LinearDistillationLoss(nn.Module):
         for name, head in zip(("student", "teacher"), self._heads, strict=True):
             if head is None or (name == "teacher" and not teacher):
                 continue
+            gather: Any = getattr(head, "unshard", None)
+            if gather is not None:  # its forward, before which FSDP2 would gather it, never runs
+                gather()
             _check_head(f"{name}_head", head)
             result |= {f"{name}_weight": head.weight, f"{name}_bias": head.bias}
         return result
@@ -327,6 +334,12 @@ def _check_heads(heads: _Heads, vocab_size: Any) -> int:
             )
         columns["teacher_logits"] = shape[-1]
     for name, value in heads._asdict().items():
+        if hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}; accepted: an ordinary tensor. Under FSDP2 "
+                "call the loss inside the forward of the module that fully_shard was given, whose "
+                "weights are gathered there, or call that module's unshard() first"
+            )
         if value is not None and value.device != student.device:
             raise ValueError(
                 f"{name} is on {value.device}; accepted: student_hidden's device {student.device}"
@@ -410,24 +423,32 @@ def _check_head(name: str, head: Any) -> None:
     kind = type(head)
     if parametrize.is_parametrized(head):
         kind = kind.__mro__[1]
+    if hasattr(head, "unshard"):  # fully_shard made its class from FSDPModule and this one
+        kind = kind.__mro__[2]
     if kind is not nn.Linear:
         raise TypeError(
             f"{name} is a {kind.__module__}.{kind.__qualname__}; accepted: nn.Linear, whose output "
             "is hidden @ weight.T + bias (merge an adapter, dequantise a weight, or call "
             "linear_distillation_loss with the effective weight)"
         )
-    hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    if hooked:
+    hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
+    of_fsdp = "torch.distributed.fsdp"  # they only gather and free the weight
+    hooked = any(not getattr(hook, "__module__", "").startswith(of_fsdp) for hook in hooks)
+    if hooked or "forward" in vars(head):
         raise TypeError(
             f"{name} has forward hooks or a replaced forward, which a loss that reads its weight "
             "would pass by; accepted: nn.Linear without them"
         )
     for part in ("weight", "bias"):
         value = getattr(head, part)
-        if value is not None and type(value) not in (Tensor, nn.Parameter, FakeTensor):
+        # A DTensor may be gathered by the time of the call, which refuses one that is not.
+        ordinary = type(value) in (Tensor, nn.Parameter, FakeTensor) or hasattr(
+            value, "full_tensor"
+        )
+        if value is not None and not ordinary:
             raise TypeError(
                 f"{name}.{part} is a {type(value).__name__}; accepted: an ordinary tensor "
-                "(dequantise it, or gather its shards)"
+                "(dequantise it)"
             )
 
 
