@@ -1,4 +1,5 @@
 // The RKD losses on the CPU behind PyTorch's stable ABI: memory, threads, and the sums over rows.
+#include <initializer_list>
 #include <tuple>
 
 #include "../cpu_level.h"

@@ -150,9 +150,9 @@ def _gram(
     student: Tensor, teacher: Tensor, normalize: str | None, clip: str | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     s, t = (x if x.dim() == 3 else x[None] for x in (student, teacher))
-    lengths = None
+    inverse = None
     if normalize == "features":
-        (s, lengths), (t, _) = _unit_rows(s), _unit_rows(t)
+        (s, inverse), (t, _) = _unit_rows(s), _unit_rows(t)
     n, width = s.shape[1], max(s.shape[2], t.shape[2])
     if normalize == "gram":
         narrow = n > _ROWS_A_COLUMN * width
@@ -164,14 +164,14 @@ def _gram(
     share = 1 / max(s.shape[0] * n * n, 1)
     if grad is not None:
         grad = grad * share
-        if lengths is not None:
-            grad = _through_unit_rows(grad, s, lengths)
+        if inverse is not None:
+            grad = _through_unit_rows(grad, s, inverse)
         grad = grad.reshape(student.shape)
     return total * share, grad
 
 
 def _nst(student: Tensor, teacher: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    (s, lengths), (t, _) = _unit_rows(student), _unit_rows(teacher)
+    (s, inverse), (t, _) = _unit_rows(student), _unit_rows(teacher)
     # The positions' Gram matrices of channels over √C.
     s_scale, t_scale = s.shape[1] ** -0.5, t.shape[1] ** -0.5
     rows, teacher_rows = s.mT * s_scale, t.mT * t_scale
@@ -181,22 +181,18 @@ def _nst(student: Tensor, teacher: Tensor, with_grad: bool) -> tuple[Tensor, Ten
         total, grad = _squares_through_tiles(rows, teacher_rows, None, with_grad)
     share = 1 / max(s.shape[0], 1)
     if grad is not None:
-        grad = _through_unit_rows(grad.mT * (share * s_scale), s, lengths)
+        grad = _through_unit_rows(grad.mT * (share * s_scale), s, inverse)
     return total * share, grad
 
 
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows over their norms, 0 where they are 0, and the norms."""
-    # Over the largest first: the squares of 1e-23 are 0 in float32, those of 1e20 infinite.
-    largest = x.abs().amax(-1, keepdim=True)
-    scaled = torch.where(largest == 0, 0.0, x / largest)
-    lengths = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return torch.where(largest == 0, 0.0, scaled / lengths), largest * lengths
+    """Rows over their norms, 0 where they are 0, and one over the norms."""
+    inverse = _inverse(torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+    return x * inverse, inverse
 
 
-def _through_unit_rows(grad: Tensor, unit: Tensor, lengths: Tensor) -> Tensor:
-    along = (grad * unit).sum(-1, keepdim=True)
-    return torch.where(lengths == 0, 0.0, (grad - along * unit) / lengths)
+def _through_unit_rows(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    return (grad - (grad * unit).sum(-1, keepdim=True) * unit) * inverse
 
 
 def _inverse(x: Tensor) -> Tensor:
@@ -283,11 +279,11 @@ def _squares_through_tiles(
 def _through_tiles(s: Tensor, t: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     total, grad = s.new_zeros(()), torch.zeros_like(s) if with_grad else None
     for rows in _tiles(s):
-        (own, lengths), (other, _) = (_unit_rows(x[:, rows] @ x.mT) for x in (s, t))
+        (own, inverse), (other, _) = (_unit_rows(x[:, rows] @ x.mT) for x in (s, t))
         difference = own - other
         total = total + difference.square().sum()
         if grad is not None:
-            by_gram = 2 * _through_unit_rows(difference, own, lengths)
+            by_gram = 2 * _through_unit_rows(difference, own, inverse)
             grad[:, rows] += by_gram @ s
             grad += by_gram.mT @ s[:, rows]
     return total, grad
