@@ -24,9 +24,10 @@ def dist_loss(
     p = _softmax(student, *statistics[:2], inverse)
     q = _softmax(teacher, *statistics[2:], inverse)
     mean = p.new_tensor(1 / vocab)
-    of_rows, *row_factors = _correlation(p - mean, q - mean, mean, mean, 1)
+    of_rows, *row_factors = correlation(*_moments(p - mean, q - mean, 1), mean, mean, vocab)
     p_mean, q_mean = _column_mean(p), _column_mean(q)
-    of_columns, *column_factors = _correlation(p - p_mean, q - q_mean, p_mean, q_mean, 0)
+    sums = _moments(p - p_mean, q - q_mean, 0)
+    of_columns, *column_factors = correlation(*sums, p_mean, q_mean, n)
     losses = torch.stack([1 - of_rows.mean(), 1 - of_columns.mean()])
     rows = torch.stack([*statistics, *row_factors])
     columns = torch.stack([p_mean, q_mean, *column_factors])
@@ -83,14 +84,17 @@ def _column_mean(p: Tensor) -> Tensor:
     return p[:1].sum(0) + (p - p[:1]).mean(0)
 
 
-def _correlation(
-    p: Tensor, q: Tensor, p_mean: Tensor, q_mean: Tensor, dim: int
+def _moments(p: Tensor, q: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    return p.square().sum(dim), q.square().sum(dim), (p * q).sum(dim)
+
+
+def correlation(
+    pp: Tensor, qq: Tensor, pq: Tensor, p_mean: Tensor, q_mean: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of deviations along dim, 0 where either is constant within the rounding of exponentials; and
-    the factors of its derivative by p, by_teacher·q − by_student·p.
+    """From sums over `count` deviations, 0 where either side is constant within the rounding of
+    exponentials; and the factors of its derivative by p, by_teacher·q̃ − by_student·p̃.
     """
-    count, rounding = p.shape[dim], 16 * torch.finfo(p.dtype).eps
-    pp, qq, pq = p.square().sum(dim), q.square().sum(dim), (p * q).sum(dim)
+    rounding = 16 * torch.finfo(pp.dtype).eps
     constant = (pp <= (rounding * p_mean).square() * count) | (
         qq <= (rounding * q_mean).square() * count
     )
