@@ -1,5 +1,6 @@
 """What several ops share: checks of their arguments, and the guard of their backwards."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -116,6 +117,13 @@ def computed(*tensors: Tensor) -> list[Tensor]:
     return [x.detach().to(dtype) for x in tensors]
 
 
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Products of what is in float32 stay in float32."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 class GradientInForward(torch.autograd.Function):
     """A 0-d loss of the student whose gradient is made together with the loss, in the dtype
     computed in, and multiplied by the upstream factor before its one rounding.
@@ -126,7 +134,7 @@ class GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, loss_and_grad: Callable, *options):
-        with torch.autocast(student.device.type, enabled=False):
+        with _no_autocast(student.device):
             loss, grad = loss_and_grad(*computed(student, teacher), *options, True)
         ctx.save_for_backward(grad)
         ctx.dtype, ctx.options = student.dtype, len(options)
@@ -145,5 +153,5 @@ def loss_of_pairs(student: Tensor, teacher: Tensor, loss_and_grad: Callable, *op
     """loss_and_grad(student, teacher, *options, with_grad) -> (loss, gradient) under autograd."""
     if torch.is_grad_enabled() and student.requires_grad:
         return GradientInForward.apply(student, teacher.detach(), loss_and_grad, *options)
-    with torch.autocast(student.device.type, enabled=False):
+    with _no_autocast(student.device):
         return loss_and_grad(*computed(student, teacher), *options, False)[0]

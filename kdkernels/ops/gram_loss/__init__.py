@@ -260,7 +260,7 @@ def _tiles(s: Tensor) -> list[slice]:
 def _squares_through_tiles(
     s: Tensor, t: Tensor, clip: str | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    total, grad = s.new_zeros(()), []
+    total, grad = s.new_zeros(()), torch.empty_like(s) if with_grad else None
     for rows in _tiles(s):
         own, other = s[:, rows] @ s.mT, t[:, rows] @ t.mT
         gone = None
@@ -269,11 +269,11 @@ def _squares_through_tiles(
             other = other.clamp(min=0)
         difference = (own if gone is None else own.masked_fill(gone, 0)) - other
         total = total + difference.square().sum()
-        if with_grad:
+        if grad is not None:
             if gone is not None:
                 difference = difference.masked_fill(gone, 0)
-            grad.append(4 * (difference @ s))
-    return total, torch.cat(grad, 1) if grad else None
+            grad[:, rows] = 4 * (difference @ s)
+    return total, grad
 
 
 def _through_tiles(s: Tensor, t: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -73,7 +73,7 @@ def _cosines(squares: Tensor, inverses: Tensor, anchors: slice) -> Tensor:
 
 
 def _pull(x: Tensor, weights: Tensor) -> Tensor:
-    """Σ_j w_ij·(x_i − x_j). Centred, so that an offset common to all points costs no digits."""
-    x = x - x.mean(0)
-    return weights.sum(1, keepdim=True) * x - weights @ x
-
+    """Σ_j w_ij·(x_i − x_j). In float64: between near points large weights leave a small sum."""
+    wide, w = x.double(), weights.double()
+    wide = wide - wide.mean(0)  # an offset common to all points costs no digits
+    return (w.sum(1, keepdim=True) * wide - w @ wide).to(x.dtype)

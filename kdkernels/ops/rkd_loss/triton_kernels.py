@@ -82,14 +82,13 @@ def _distance_losses(student, teacher, inverses, sums, n, first, rows, BLOCK: tl
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def _distance_weights(
-    student, teacher, inverses, common, weights, sums, scale, n, first, rows, BLOCK: tl.constexpr
+    student, teacher, inverses, common, weights, scale, n, first, rows, BLOCK: tl.constexpr
 ):
-    """The derivative by a distance over the distance, 0 where points coincide, and its sum over the
-    row. `weights` may be `student`.
+    """The derivative by a distance over the distance, 0 where points coincide. `weights` may be
+    `student`.
     """
     row = tl.program_id(0).to(tl.int64)
     s_inverse, t_inverse, shared = tl.load(inverses), tl.load(inverses + 1), tl.load(common)
-    total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         j = start + tl.arange(0, BLOCK)
         s = tl.load(student + row * n + j, mask=j < n, other=0.0)
@@ -98,8 +97,6 @@ def _distance_weights(
         w = tl.where(s == 0.0, 0.0, scale * (slope * s_inverse - shared) / s)
         tl.debug_barrier()  # several threads may hold one element: all of them have read it
         tl.store(weights + row * n + j, w, mask=j < n)
-        total += w
-    tl.store(sums + row, tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -152,6 +149,31 @@ def twice(high, low, arm, at, own, own_low, in_arms, here):
     return (square[:, None] + (anchor - own[None, :])) + rest
 
 
+@triton.jit(do_not_specialize=_NUMBERS)
+def _pull(
+    x, weights, grad, n, columns, first, rows,
+    FIRST: tl.constexpr, POINTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """grad_i = (FIRST) or += Σ_j w_ij·(x_i − x_j) over points first ≤ j < first + rows, whose rows of
+    the symmetric weights these are. Differences first: between near points large weights leave a
+    small sum.
+    """
+    i = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = i.to(tl.int64)[:, None] * columns + c[None, :]
+    here = (i < n)[:, None] & (c < columns)[None, :]
+    own = tl.load(x + at, mask=here, other=0.0)
+    total = tl.zeros((POINTS, COLUMNS), tl.float32)
+    if not FIRST:
+        total = tl.load(grad + at, mask=here, other=0.0)
+    for j in range(rows):
+        w = tl.load(weights + tl.cast(j, tl.int64) * n + i, mask=i < n, other=0.0)
+        point = x + tl.cast(first + j, tl.int64) * columns
+        other = tl.load(point + c, mask=c < columns, other=0.0)
+        total += w[:, None] * (own - other[None, :])
+    tl.store(grad + at, total, mask=here)
+
+
 # ---- the ops ----
 
 
@@ -185,16 +207,14 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, student_grad: bool) -> t
         if not student_grad:
             return loss, student.new_empty((0, student.shape[1]))
         common = (moment * inverses[0].double().square() / pairs).float()
-        centred = student - student.mean(0)
-        grad = student.new_empty(student.shape)
+        grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        dense = student.contiguous()
         for first in range(0, n, rows):
             s, t = distances(first)
-            weights = torch.empty_like(s[:, 0])
             _distance_weights[(len(s),)](
-                s, t, inverses, common, s, weights, 2 / n**2, n, first, len(s), **options
+                s, t, inverses, common, s, 2 / n**2, n, first, len(s), **options
             )
-            here = slice(first, first + len(s))
-            grad[here] = weights[:, None] * centred[here] - s @ centred
+            _pulled(dense, s, grad, first)
     return loss, grad
 
 
@@ -218,8 +238,9 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, student_grad: bool) -> tupl
             return loss, student.new_empty((0, student.shape[1]))
         by_arm = arms.sum(0)
         weights = (by_arm + by_arm.t() - across / 2) * (4 / n**3)
-        centred = student - student.mean(0)
-        return loss, weights.sum(1, keepdim=True) * centred - weights @ centred
+        grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        _pulled(student.contiguous(), weights, grad, 0)
+    return loss, grad
 
 
 def _distances(points: Tensor, first: int, rows: int) -> Tensor:
@@ -239,3 +260,12 @@ def _squares(points: Tensor) -> list[Tensor]:
         points, *out, n, columns, 0, n, DOUBLE=True, PART=_PART, BLOCK=32, **_triton.EXACT
     )
     return out
+
+
+def _pulled(points: Tensor, weights: Tensor, grad: Tensor, first: int) -> None:
+    n, columns = points.shape
+    width = min(64, max(16, triton.next_power_of_2(columns)))
+    _pull[(triton.cdiv(n, 16), triton.cdiv(columns, width))](
+        points, weights, grad, n, columns, first, len(weights),
+        FIRST=first == 0, POINTS=16, COLUMNS=width, **_triton.EXACT,
+    )  # fmt: skip
