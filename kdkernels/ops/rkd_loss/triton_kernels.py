@@ -140,13 +140,16 @@ def _angles(
 
 @triton.jit
 def twice(high, low, arm, at, own, own_low, in_arms, here):
-    """d²(i, j) + d²(j, k) − d²(i, k): the large parts cancel first."""
+    """d²(i, j) + d²(j, k) − d²(i, k). Where one arm is short, the long one is near the side across
+    and cancels against it exactly; then the short one joins with all its digits.
+    """
     square = tl.load(high + arm, mask=in_arms, other=0.0)
     square_low = tl.load(low + arm, mask=in_arms, other=0.0)
     anchor = tl.load(high + at, mask=here, other=0.0)
     anchor_low = tl.load(low + at, mask=here, other=0.0)
     rest = square_low[:, None] + (anchor_low - own_low[None, :])
-    return (square[:, None] + (anchor - own[None, :])) + rest
+    short, long = tl.minimum(square[:, None], anchor), tl.maximum(square[:, None], anchor)
+    return ((long - own[None, :]) + short) + rest
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
