@@ -149,9 +149,9 @@ def differentiated(function, student, teacher, **options):
 
 
 def assert_no_worse_than_torch(got, truth, own, half=None, units=4):
-    """(loss, gradient) within max(2 × PyTorch's own error, `units`) of the truth, and a quarter more
-    for the luck of one draw: of the loss itself, and of the gradient's largest element. `half`:
-    the student's dtype, one of whose roundings is allowed too.
+    """(loss, gradient) within max(2 × PyTorch's own error, `units`) of the truth, and a quarter
+    more for the luck of one draw: of the loss itself, and of the gradient's largest element.
+    `half`: the student's dtype, one of whose roundings is allowed too.
     """
     # In float64 the truth is PyTorch's own result, with errors of its own.
     unit = torch.finfo(got[0].dtype).eps * (8 if got[0].dtype == torch.float64 else 1)

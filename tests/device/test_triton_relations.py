@@ -82,10 +82,10 @@ def test_layouts_temperatures_and_few_rows(triton_runs):
 
 # The module, the function a mistake is in, the text and instead of it, and a case that shows it.
 BROKEN = {
-    "pairs' bound": ("rkd_loss", "_pairs", "mask=j < n, other", "mask=j < n + 1, other", "distances"),
+    "pairs' bound": ("rkd_loss", "_pairs", "mask=j < n, o", "mask=j < n + 1, o", "distances"),
     "low part": ("rkd_loss", "twice", "+ rest", "- rest", "angles of one block"),
     "no barrier": ("rkd_loss", "_distance_weights", "tl.debug_barrier()", "", "distances"),
-    "chunks": ("dist_loss", "_columns", "p_mean += p_apart * (more / both)", "p_mean += p_apart", "correlations"),
+    "tiles": ("dist_loss", "_columns", "_apart * weight", "_apart * more", "correlations"),
 }  # fmt: skip
 
 
@@ -120,7 +120,9 @@ def test_mistakes_are_caught(mistake, tmp_path, triton_runs):
 EXACT = dict(enable_fp_fusion=False)
 # Kernel, its compile-time arguments, and warps.
 MACHINE_CODE = {
-    "distances": ("rkd_loss", "_pairs", dict(DOUBLE=False, PART=128, BLOCK=32, low=None, inverses=None), 4),
+    "distances": (
+        "rkd_loss", "_pairs", dict(DOUBLE=False, PART=128, BLOCK=32, low=None, inverses=None), 4
+    ),
     "squares": ("rkd_loss", "_pairs", dict(DOUBLE=True, PART=128, BLOCK=32), 4),
     "angles": ("rkd_loss", "_angles", dict(ARMS=32, OTHERS=64), 4),
     "pull": ("rkd_loss", "_pull", dict(FIRST=True, POINTS=16, COLUMNS=64), 4),

@@ -1,4 +1,4 @@
-"""Plain torch implementation of the dist_loss ops: any device and dtype; also their fake kernels."""
+"""Plain torch implementation of the dist_loss ops: any device and dtype; their fake kernels."""
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ def dist_loss(
     backward needs.
     """
     n, vocab = student.shape
-    compute = torch.promote_types(
-        torch.promote_types(student.dtype, teacher.dtype), torch.float32
-    )
+    compute = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     inverse = 1 / _temperature(temperature, temperature_tensor, student, compute)
     statistics = [*_statistics(student, inverse), *_statistics(teacher, inverse)]
     p = _softmax(student, *statistics[:2], inverse)

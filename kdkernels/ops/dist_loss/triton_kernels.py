@@ -4,6 +4,8 @@ Three kernels: by rows (statistics, then the moments of deviations from 1/V), by
 them over a chunk of rows, combined in order), and the gradient by rows.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -217,9 +219,13 @@ def dist_loss(
     student: Tensor, teacher: Tensor, temperature: float, temperature_tensor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, vocab = student.shape
-    fresh = dict(dtype=torch.float32, device=student.device)
+    fresh: dict[str, Any] = dict(dtype=torch.float32, device=student.device)
     if n == 0:
-        return torch.zeros(2, **fresh), torch.empty((6, 0), **fresh), torch.zeros((4, vocab), **fresh)
+        return (
+            torch.zeros(2, **fresh),
+            torch.empty((6, 0), **fresh),
+            torch.zeros((4, vocab), **fresh),
+        )
     statistics, moments = torch.empty((4, n), **fresh), torch.empty((3, n), **fresh)
     chunks = triton.cdiv(n, _CHUNK)
     sums = torch.empty((chunks, 5, vocab), **fresh)
@@ -236,9 +242,9 @@ def dist_loss(
             *strides, CHUNK=_CHUNK, HEIGHT=16, **options | dict(BLOCK=block, num_warps=4),
         )  # fmt: skip
         mean = torch.full((), 1 / vocab, **fresh)
-        of_rows, *row_factors = correlation(*moments, mean, mean, vocab)
+        of_rows, *row_factors = correlation(*moments.unbind(), mean, mean, vocab)
         means, products = _joined(sums, n)
-        of_columns, *column_factors = correlation(*products, *means, n)
+        of_columns, *column_factors = correlation(*products.unbind(), *means.unbind(), n)
         losses = 1 - torch.stack([of_rows.mean(), of_columns.mean()])
         rows = torch.cat([statistics, torch.stack(row_factors)])
         return losses, rows, torch.stack([*means, *column_factors])

@@ -56,8 +56,8 @@ def gram_loss(
         student's gradient is made in the same call, kept in that dtype and rounded to the student's
         once, with the upstream factor in it.
 
-    A row of zeros has similarity 0 to everything and, where its norm divides, gradient 0 through it;
-    N = 1 gives 0 under "gram" and "features" (unless a row is 0).
+    A row of zeros has similarity 0 to everything and, where its norm divides, gradient 0 through
+    it; N = 1 gives 0 under "gram" and "features" (unless a row is 0).
 
     Differences between implementations: torchdistill's SPKDLoss divides rows by their L1 norm (its
     ``normalize(G, 1)`` sets p = 1), a loss some 59 times smaller; RepDistiller, mdistiller and the
@@ -208,9 +208,7 @@ def _sum_and_difference(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return s + t, s - t
 
 
-def _squares_through_columns(
-    s: Tensor, t: Tensor, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+def _squares_through_columns(s: Tensor, t: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     p, e = _sum_and_difference(s, t)
     pp, ee, pe = p.mT @ p, e.mT @ e, p.mT @ e
     total = ((pp * ee).sum() + (pe * pe.mT).sum()) / 2
@@ -225,7 +223,9 @@ def _through_columns(s: Tensor, t: Tensor, with_grad: bool) -> tuple[Tensor, Ten
     of the difference is r_i = S·a_i − T·b_i = ½·(P·(a_i − b_i) + E·(a_i + b_i)).
     """
     # The loss does not change with the scale of either; of one scale, both may cancel in E.
-    s_scale, t_scale = (_inverse(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)) for x in (s, t))
+    s_scale, t_scale = (
+        _inverse(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)) for x in (s, t)
+    )
     columns = s.shape[2]
     p, e = _sum_and_difference(s * s_scale, t * t_scale)
     pp, ee, pe = p.mT @ p, e.mT @ e, p.mT @ e

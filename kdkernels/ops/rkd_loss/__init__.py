@@ -11,12 +11,11 @@ away from the points:
 
     ∂L/∂x_i = Σ_j w_ij·(x_i − x_j)
     distance   w_ij = 2/N²·(ψ′_ij/mean − Σψ′·d/(mean²·N(N − 1)))/d_ij
-    angle      w_ij = 4/N³·(U_ij + U_ji − ½·V_ij),   U_ij = ½·Σ_k ψ′_ijk·(1/d_jk − cos_ijk/d_ij)/d_ij
-                                                     V_ik = Σ_j ψ′_ijk/(d_ij·d_jk)
+    angle      w_ij = 4/N³·(U_ij + U_ji − ½·V_ij)
+               U_ij = ½·Σ_k ψ′_ijk·(1/d_jk − cos_ijk/d_ij)/d_ij,   V_ik = Σ_j ψ′_ijk/(d_ij·d_jk)
 
 ``reference.py`` is the same in plain torch, ``triton_kernels.py`` in Triton, csrc/rkd_loss in C++.
 """
-
 
 from torch import Tensor, nn
 
@@ -48,10 +47,10 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, *, backend: str | None =
         float64 where an input is. The student's gradient is made in the same call, kept in that
         dtype and rounded to the student's once, with the upstream factor in it.
 
-    The mean distance is over the N·(N − 1) pairs i ≠ j, and the student's has its gradient. RepDistiller,
-    mdistiller and the authors leave pairs out whose distance is 0, which theirs never is: they clamp
-    d² at 1e-12. Here it may be: coincident points are exactly 0 apart, with gradient 0 for that
-    pair; where all points coincide every relative distance is 0; N = 1 gives 0, not NaN.
+    The mean distance is over the N·(N − 1) pairs i ≠ j, and the student's has its gradient.
+    RepDistiller, mdistiller and the authors leave pairs out whose distance is 0, which theirs never
+    is: they clamp d² at 1e-12. Here it may be: coincident points are exactly 0 apart, with gradient
+    0 for that pair; where all points coincide every relative distance is 0; N = 1 gives 0, not NaN.
     mmrazor normalises rows first: pass ``torch.nn.functional.normalize(x, dim=1)`` for that.
     Weights in use: 25 (RepDistiller, mdistiller), 1 to 2 (the authors).
 

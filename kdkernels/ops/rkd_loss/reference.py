@@ -11,7 +11,9 @@ from torch import Tensor
 _CHUNK = 1 << 22
 
 
-def rkd_distance_loss(student: Tensor, teacher: Tensor, student_grad: bool) -> tuple[Tensor, Tensor]:
+def rkd_distance_loss(
+    student: Tensor, teacher: Tensor, student_grad: bool
+) -> tuple[Tensor, Tensor]:
     n = student.shape[0]
     s, t = _squares(student).sqrt(), _squares(teacher).sqrt()
     s_inverse, t_inverse = (_inverse(d.sum() / max(n * (n - 1), 1)) for d in (s, t))
@@ -44,9 +46,7 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, student_grad: bool) -> tupl
             inverse = s_inverse[anchors]  # (anchors, N)
             pulled = slope * inverse[:, None, :]
             across += (pulled * inverse[:, :, None]).sum(0)
-            arms[:, anchors] = (
-                inverse * (pulled.sum(2) - inverse * (slope * a).sum(2)) / 2
-            ).t()
+            arms[:, anchors] = (inverse * (pulled.sum(2) - inverse * (slope * a).sum(2)) / 2).t()
     loss = loss / max(n**3, 1)
     if not student_grad:
         return loss, student.new_empty((0, student.shape[1]))

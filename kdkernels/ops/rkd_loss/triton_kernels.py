@@ -157,9 +157,9 @@ def _pull(
     x, weights, grad, n, columns, first, rows,
     FIRST: tl.constexpr, POINTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grad_i = (FIRST) or += Σ_j w_ij·(x_i − x_j) over points first ≤ j < first + rows, whose rows of
-    the symmetric weights these are. Differences first: between near points large weights leave a
-    small sum.
+    """grad_i = (FIRST) or += Σ_j w_ij·(x_i − x_j) over points first ≤ j < first + rows, whose rows
+    of the symmetric weights these are. Differences first: between near points large weights leave
+    a small sum.
     """
     i = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -180,7 +180,9 @@ def _pull(
 # ---- the ops ----
 
 
-def rkd_distance_loss(student: Tensor, teacher: Tensor, student_grad: bool) -> tuple[Tensor, Tensor]:
+def rkd_distance_loss(
+    student: Tensor, teacher: Tensor, student_grad: bool
+) -> tuple[Tensor, Tensor]:
     n = student.shape[0]
     if n == 0:
         return student.new_zeros(()), student.new_empty((0, student.shape[1]))
@@ -197,7 +199,9 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, student_grad: bool) -> t
     with _triton.on_device(student):
         sums = [x.new_zeros((), dtype=torch.float64) for x in points]
         for first in range(0, n, rows):
-            sums = [a + d.sum(dtype=torch.float64) for a, d in zip(sums, distances(first), strict=True)]
+            sums = [
+                a + d.sum(dtype=torch.float64) for a, d in zip(sums, distances(first), strict=True)
+            ]
         pairs = max(n * (n - 1), 1)
         total = torch.stack(sums)
         inverses = torch.where(total == 0, 0.0, pairs / total).float()
@@ -226,9 +230,7 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, student_grad: bool) -> tupl
     if n == 0:
         return student.new_zeros(()), student.new_empty((0, student.shape[1]))
     with _triton.on_device(student):
-        squares = [
-            part for x in (student, teacher) for part in _squares(x.t().contiguous())
-        ]
+        squares = [part for x in (student, teacher) for part in _squares(x.t().contiguous())]
         others = min(64, max(16, triton.next_power_of_2(n)))
         blocks = triton.cdiv(n, others)
         arms, across = student.new_empty((blocks, n, n)), student.new_empty((n, n))
