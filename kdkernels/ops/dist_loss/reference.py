@@ -19,13 +19,13 @@ def dist_loss(
     compute = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     inverse = 1 / _temperature(temperature, temperature_tensor, student, compute)
     statistics = [*_statistics(student, inverse), *_statistics(teacher, inverse)]
-    p = _softmax(student, *statistics[:2], inverse)
-    q = _softmax(teacher, *statistics[2:], inverse)
+    p = _softmax(student, statistics[0], statistics[1], inverse)
+    q = _softmax(teacher, statistics[2], statistics[3], inverse)
     mean = p.new_tensor(1 / vocab)
-    of_rows, *row_factors = correlation(*_moments(p - mean, q - mean, 1), mean, mean, vocab)
+    of_rows, *row_factors = correlation(_moments(p - mean, q - mean, 1), mean, mean, vocab)
     p_mean, q_mean = _column_mean(p), _column_mean(q)
-    sums = _moments(p - p_mean, q - q_mean, 0)
-    of_columns, *column_factors = correlation(*sums, p_mean, q_mean, n)
+    moments = _moments(p - p_mean, q - q_mean, 0)
+    of_columns, *column_factors = correlation(moments, p_mean, q_mean, n)
     losses = torch.stack([1 - of_rows.mean(), 1 - of_columns.mean()])
     rows = torch.stack([*statistics, *row_factors])
     columns = torch.stack([p_mean, q_mean, *column_factors])
@@ -82,16 +82,17 @@ def _column_mean(p: Tensor) -> Tensor:
     return p[:1].sum(0) + (p - p[:1]).mean(0)
 
 
-def _moments(p: Tensor, q: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    return p.square().sum(dim), q.square().sum(dim), (p * q).sum(dim)
+def _moments(p: Tensor, q: Tensor, dim: int) -> Tensor:
+    return torch.stack([p.square().sum(dim), q.square().sum(dim), (p * q).sum(dim)])
 
 
 def correlation(
-    pp: Tensor, qq: Tensor, pq: Tensor, p_mean: Tensor, q_mean: Tensor, count: int
+    moments: Tensor, p_mean: Tensor, q_mean: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From sums over `count` deviations, 0 where either side is constant within the rounding of
-    exponentials; and the factors of its derivative by p, by_teacher·q̃ − by_student·p̃.
+    """From Σp̃², Σq̃² and Σp̃·q̃ of `count` deviations: 0 where either side is constant within the
+    rounding of exponentials; and the factors of its derivative by p, by_teacher·q̃ − by_student·p̃.
     """
+    pp, qq, pq = moments.unbind()
     rounding = 16 * torch.finfo(pp.dtype).eps
     constant = (pp <= (rounding * p_mean).square() * count) | (
         qq <= (rounding * q_mean).square() * count

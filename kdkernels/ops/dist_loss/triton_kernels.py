@@ -242,9 +242,9 @@ def dist_loss(
             *strides, CHUNK=_CHUNK, HEIGHT=16, **options | dict(BLOCK=block, num_warps=4),
         )  # fmt: skip
         mean = torch.full((), 1 / vocab, **fresh)
-        of_rows, *row_factors = correlation(*moments.unbind(), mean, mean, vocab)
+        of_rows, *row_factors = correlation(moments, mean, mean, vocab)
         means, products = _joined(sums, n)
-        of_columns, *column_factors = correlation(*products.unbind(), *means.unbind(), n)
+        of_columns, *column_factors = correlation(products, means[0], means[1], n)
         losses = 1 - torch.stack([of_rows.mean(), of_columns.mean()])
         rows = torch.cat([statistics, torch.stack(row_factors)])
         return losses, rows, torch.stack([*means, *column_factors])

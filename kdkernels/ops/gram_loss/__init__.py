@@ -126,7 +126,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class GramLoss(nn.Module):
-    """``gram_loss`` with its options stored: ``GramLoss(normalize="features")(student, teacher)``."""
+    """``gram_loss`` with its options stored: ``GramLoss(normalize=None)(student, teacher)``."""
 
     def __init__(self, *, normalize: str | None = "gram", clip: str | None = None):
         super().__init__()
