@@ -7,9 +7,9 @@ One call is loss and student gradient in float32. First every contestant is chec
 definition in float64 on a few rows of the case's width (losses over pairs and triplets of all rows
 do not fit memory in float64), torch.compile, which compiles for one shape, against eager at the
 whole one; a wrong one is not timed. Then contestants are timed alternately, in one process: CPU
-time of its one thread, which other jobs on the machine change less than the wall's. Peak memory is the resident memory one call adds after a warm-up, the gradient
-included; operations are those PyTorch's dispatcher sees, none that another called. Where ours does
-not win, the table says so.
+time of its one thread, which other jobs on the machine change less than the wall's. Peak memory is
+the resident memory one call adds after a warm-up, the gradient included; operations are those
+PyTorch's dispatcher sees, none that another called. Where ours does not win, the table says so.
 """
 
 import argparse

@@ -154,16 +154,15 @@ def _gram(
     if normalize == "features":
         (s, inverse), (t, _) = _unit_rows(s), _unit_rows(t)
     n, width = s.shape[1], max(s.shape[2], t.shape[2])
+    share = 1 / max(s.shape[0] * n * n, 1)
     if normalize == "gram":
         narrow = n > _ROWS_A_COLUMN * width
-        total, grad = (_through_columns if narrow else _through_tiles)(s, t, with_grad)
+        total, grad = (_through_columns if narrow else _through_tiles)(s, t, share, with_grad)
     elif clip is None and n > width:
-        total, grad = _squares_through_columns(s, t, with_grad)
+        total, grad = _squares_through_columns(s, t, share, with_grad)
     else:
-        total, grad = _squares_through_tiles(s, t, clip, with_grad)
-    share = 1 / max(s.shape[0] * n * n, 1)
+        total, grad = _squares_through_tiles(s, t, clip, share, with_grad)
     if grad is not None:
-        grad = grad * share
         if inverse is not None:
             grad = _through_unit_rows(grad, s, inverse)
         grad = grad.reshape(student.shape)
@@ -175,13 +174,13 @@ def _nst(student: Tensor, teacher: Tensor, with_grad: bool) -> tuple[Tensor, Ten
     # The positions' Gram matrices of channels over √C.
     s_scale, t_scale = s.shape[1] ** -0.5, t.shape[1] ** -0.5
     rows, teacher_rows = s.mT * s_scale, t.mT * t_scale
-    if rows.shape[1] > max(rows.shape[2], teacher_rows.shape[2]):
-        total, grad = _squares_through_columns(rows, teacher_rows, with_grad)
-    else:
-        total, grad = _squares_through_tiles(rows, teacher_rows, None, with_grad)
     share = 1 / max(s.shape[0], 1)
+    if rows.shape[1] > max(rows.shape[2], teacher_rows.shape[2]):
+        total, grad = _squares_through_columns(rows, teacher_rows, share * s_scale, with_grad)
+    else:
+        total, grad = _squares_through_tiles(rows, teacher_rows, None, share * s_scale, with_grad)
     if grad is not None:
-        grad = _through_unit_rows(grad.mT * (share * s_scale), s, inverse)
+        grad = _through_unit_rows(grad.mT, s, inverse)
     return total * share, grad
 
 
@@ -196,7 +195,7 @@ def _through_unit_rows(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _inverse(x: Tensor) -> Tensor:
-    return torch.where(x == 0, 0.0, 1 / x)
+    return x.reciprocal().masked_fill(x == 0, 0)
 
 
 # ---- through D×D products ----
@@ -208,17 +207,22 @@ def _sum_and_difference(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return s + t, s - t
 
 
-def _squares_through_columns(s: Tensor, t: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _squares_through_columns(
+    s: Tensor, t: Tensor, factor: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """‖R‖² and `factor` times its gradient, over all images; so do the other three."""
     p, e = _sum_and_difference(s, t)
     pp, ee, pe = p.mT @ p, e.mT @ e, p.mT @ e
     total = ((pp * ee).sum() + (pe * pe.mT).sum()) / 2
     if not with_grad:
         return total.clamp(min=0), None
-    grad = p @ (pe.mT + ee) + e @ (pp + pe)
+    grad = p @ ((pe.mT + ee) * factor) + e @ ((pp + pe) * factor)
     return total.clamp(min=0), grad[..., : s.shape[2]]
 
 
-def _through_columns(s: Tensor, t: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _through_columns(
+    s: Tensor, t: Tensor, factor: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
     """Rows of Gram matrices over their norms: with a_i = s_i/|row i| and b_i = t_i/|row i|, row i
     of the difference is r_i = S·a_i − T·b_i = ½·(P·(a_i − b_i) + E·(a_i + b_i)).
     """
@@ -245,7 +249,7 @@ def _through_columns(s: Tensor, t: Tensor, with_grad: bool) -> tuple[Tensor, Ten
     # W = 2·(r_i − along·(S·a_i))/|row i| is the derivative by row i of SSᵀ: W·S and Wᵀ·S.
     grad = 2 * s_inverse * (s_r - along * s_inverse * s_rows)
     grad = grad + p @ (x.mT @ a) + e @ (y.mT @ a) - 2 * s @ ((along * a).mT @ a)
-    return total.clamp(min=0), (grad * s_scale)[..., :columns]
+    return total.clamp(min=0), (grad * (s_scale * factor))[..., :columns]
 
 
 # ---- through the Gram matrices, a tile of rows at a time ----
@@ -258,9 +262,9 @@ def _tiles(s: Tensor) -> list[slice]:
 
 
 def _squares_through_tiles(
-    s: Tensor, t: Tensor, clip: str | None, with_grad: bool
+    s: Tensor, t: Tensor, clip: str | None, factor: float, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    total, grad = s.new_zeros(()), torch.empty_like(s) if with_grad else None
+    totals, grads = [], []
     for rows in _tiles(s):
         own, other = s[:, rows] @ s.mT, t[:, rows] @ t.mT
         gone = None
@@ -268,22 +272,39 @@ def _squares_through_tiles(
             gone = own < 0 if clip == "both" else (own < 0) & (other < 0)
             other = other.clamp(min=0)
         difference = (own if gone is None else own.masked_fill(gone, 0)) - other
-        total = total + difference.square().sum()
-        if grad is not None:
+        totals.append(difference.square().sum())
+        if with_grad:
             if gone is not None:
                 difference = difference.masked_fill(gone, 0)
-            grad[:, rows] = 4 * (difference @ s)
-    return total, grad
+            grads.append((difference * (4 * factor)) @ s)
+    return _joined(totals, grads, s, with_grad)
 
 
-def _through_tiles(s: Tensor, t: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    total, grad = s.new_zeros(()), torch.zeros_like(s) if with_grad else None
-    for rows in _tiles(s):
+def _through_tiles(
+    s: Tensor, t: Tensor, factor: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    totals, grad = [], None
+    tiles = _tiles(s)
+    for rows in tiles:
         (own, inverse), (other, _) = (_unit_rows(x[:, rows] @ x.mT) for x in (s, t))
         difference = own - other
-        total = total + difference.square().sum()
-        if grad is not None:
-            by_gram = 2 * _through_unit_rows(difference, own, inverse)
-            grad[:, rows] += by_gram @ s
-            grad += by_gram.mT @ s[:, rows]
-    return total, grad
+        totals.append(difference.square().sum())
+        if not with_grad:
+            continue
+        by_gram = _through_unit_rows(difference, own, inverse * (2 * factor))
+        if len(tiles) == 1:
+            return totals[0], (by_gram + by_gram.mT) @ s
+        if grad is None:
+            grad = torch.zeros_like(s)
+        grad[:, rows] += by_gram @ s
+        grad += by_gram.mT @ s[:, rows]
+    return _joined(totals, [] if grad is None else [grad], s, with_grad)
+
+
+def _joined(
+    totals: list[Tensor], grads: list[Tensor], s: Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    total = torch.stack(totals).sum() if totals else s.new_zeros(())
+    if not with_grad:
+        return total, None
+    return total, torch.cat(grads, 1) if grads else torch.zeros_like(s)
