@@ -9,7 +9,9 @@ from .ops.distillation_loss import (
     distillation_loss_and_grad,
     explain,
 )
+from .ops.feature_loss import FeatureLoss, feature_loss
 from .ops.gram_loss import GramLoss, NSTLoss, gram_loss, nst_loss
+from .ops.joint_distillation_loss import JointStats, joint_distillation_loss
 from .ops.kl_div import KLDivLoss, kl_div
 from .ops.linear_distillation_loss import LinearDistillationLoss, linear_distillation_loss
 from .ops.rkd_loss import RKDAngleLoss, RKDDistanceLoss, rkd_angle_loss, rkd_distance_loss
@@ -21,7 +23,9 @@ __all__ = [
     "DISTLoss",
     "DistillationLoss",
     "DistillationStats",
+    "FeatureLoss",
     "GramLoss",
+    "JointStats",
     "KLDivLoss",
     "LinearDistillationLoss",
     "LogSoftmax",
@@ -34,7 +38,9 @@ __all__ = [
     "distillation_loss_and_grad",
     "divergences",
     "explain",
+    "feature_loss",
     "gram_loss",
+    "joint_distillation_loss",
     "kl_div",
     "linear_distillation_loss",
     "log_softmax",
