@@ -82,7 +82,7 @@ Correlation<Real> correlation(double pp, double qq, double pq, double p_mean, do
   return result;
 }
 
-// ψ, the derivative of the two losses by p: row terms are the same for all columns of a row.
+// The derivative of the two losses by p; row terms are the same for all columns of a row.
 template <class Real>
 struct Slopes {
   Real row_by_teacher, row_by_student, row_mean, column_factor;

@@ -23,7 +23,7 @@ Problem<Real> problem_of(const Tensor& student, const Tensor& teacher, double te
   return p;
 }
 
-// A correlation's share of its mean, 0 without any.
+// Of correlations; 1, so a loss of 0, where there are none.
 double mean_of(const double* x, int64_t n) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += x[i];

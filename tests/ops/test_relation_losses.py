@@ -39,11 +39,6 @@ DTYPES = {
 }
 
 
-@pytest.fixture
-def backend(request):
-    """Replaces the folder's: a loss without backends is tested once."""
-
-
 def bound(name, backend_of):
     """(ours with its backend, definition, shapes); skips where the library is not built."""
     ours, definition, shapes = LOSSES[name]
