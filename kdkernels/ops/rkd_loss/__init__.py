@@ -55,7 +55,9 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, *, backend: str | None =
     Weights in use: 25 (RepDistiller, mdistiller), 1 to 2 (the authors).
 
     Memory: two (N, N) matrices beside the gradient; the C++ library keeps none above N = 4096 and
-    computes distances again. Bitwise the same on any number of threads.
+    computes distances again. Bitwise the same on any number of threads. Where N and D are both in
+    the thousands a Gram matrix is the faster, less exact way to distances (4096×1000 on one core:
+    eager 2.1 s, this 2.7).
 
     Raises:
         TypeError, ValueError: an argument's type, dtype or shape, named.
