@@ -16,6 +16,7 @@ same in plain torch, ``triton_kernels.py`` in Triton, csrc/distillation_loss in 
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,34 +32,9 @@ from .._common import (
     option_pair,
     two_dimensional,
 )
-from . import reference
-
-# What the ops take after the logits, and linear_distillation_loss's after its heads.
-OPTIONS = (
-    "Tensor? labels, Tensor? token_weights, str divergence, "
-    "float first, Tensor? first_tensor, float second, Tensor? second_tensor, "
-    "float temperature, Tensor? temperature_tensor, "
-    "float teacher_temperature, Tensor? teacher_temperature_tensor, "
-    "float kd_weight, Tensor? kd_weight_tensor, float ce_weight, Tensor? ce_weight_tensor, "
-    "float z_loss_weight, Tensor? z_loss_weight_tensor, "
-    "float? normalizer, Tensor? normalizer_tensor, bool t_squared, float label_smoothing, "
-    "int ignore_index, bool mask_kd, int vocab_size, str reduction, bool return_stats"
-)
-SCHEMAS = {
-    "distillation_loss": f"(Tensor student, Tensor teacher, {OPTIONS}) -> (Tensor, Tensor)",
-    "distillation_loss_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, "
-    "Tensor rows, Tensor? labels, str divergence, float label_smoothing, int vocab_size, "
-    "bool student_grad, bool teacher_grad) -> (Tensor, Tensor)",
-    "distillation_loss_and_grad": f"(Tensor student, Tensor teacher, {OPTIONS}, "
-    "bool teacher_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    "distillation_loss_and_grad_": f"(Tensor(a!) student, Tensor teacher, {OPTIONS}, "
-    "bool teacher_grad) -> (Tensor, Tensor, Tensor)",
-    "scale_rows_": "(Tensor(a!) grad, Tensor factor) -> ()",
-}
-_backend.define(SCHEMAS, reference, f"{__name__}.triton_kernels")
-
-OPTION_NAMES = [argument.split()[-1] for argument in OPTIONS.split(", ")]
-_PLACE = {name: place for place, name in enumerate(OPTION_NAMES)}
+from . import ops, reference
+from .ops import OPTION_NAMES as OPTION_NAMES
+from .ops import OPTIONS as OPTIONS
 
 REDUCTIONS = ("batchmean", "sum", "none", "mean")
 
@@ -86,6 +62,8 @@ def distillation_loss(
     temperature: Parameter = 1.0,
     teacher_temperature: Parameter | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
+    teacher_center: Tensor | None = None,
     kd_weight: Parameter = 1.0,
     ce_weight: Parameter = 0.0,
     z_loss_weight: Parameter = 0.0,
@@ -173,6 +151,8 @@ def distillation_loss(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         t_squared=t_squared,
+        standardize=standardize,
+        teacher_center=teacher_center,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
         z_loss_weight=z_loss_weight,
@@ -188,15 +168,13 @@ def distillation_loss(
         return_stats=return_stats,
         backend=backend,
     )
-    with_grad = torch.is_grad_enabled()
-    if with_grad and inplace and call.student.requires_grad:
-        loss, rows = _InPlace.apply(call.student, call.teacher, call.backend, call.options)
-    elif with_grad and (call.student.requires_grad or call.teacher.requires_grad):
-        loss, rows = _Default.apply(call.student, call.teacher, call.backend, call.options)
+    inputs = (call.student, call.teacher, *call.temperatures)
+    if torch.is_grad_enabled() and inplace and call.student.requires_grad:
+        loss, rows = _InPlace.apply(*inputs, call.backend, call.options)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        loss, rows = _Default.apply(*inputs, call.backend, call.options)
     else:
-        loss, rows = _run(
-            call.backend, "distillation_loss", call.student, call.teacher, *call.options
-        )
+        loss, rows = ops.forward(ops.prepare(call.backend, *inputs[:2], call.options))
     loss = loss.reshape(call.leading) if reduction == "none" else loss
     return (loss, _stats(rows, call.leading)) if return_stats else loss
 
@@ -221,28 +199,22 @@ def distillation_loss_and_grad(
     """
     check_names("distillation_loss_and_grad", options, _KEYWORDS)
     call = _prepare(student_logits, teacher_logits, labels, **options)
-    with torch.no_grad():
-        if options.get("inplace", False):
-            loss, rows, teacher_grad = _run(
-                call.backend,
-                "distillation_loss_and_grad_",
-                call.student,
-                call.teacher,
-                *call.options,
-                call.teacher_grad,
+    for name, tau in zip(_TEMPERATURES, call.temperatures, strict=True):
+        if tau is not None:
+            raise ValueError(
+                f"{name} requires grad in distillation_loss_and_grad, which gives none for it; "
+                "accepted: distillation_loss, or a tensor without gradient"
             )
+    inplace = options.get("inplace", False)
+    with torch.no_grad():
+        prepared = ops.prepare(call.backend, call.student, call.teacher, call.options)
+        loss, rows, student_grad, teacher_grad = ops.loss_and_grad(
+            prepared, call.teacher_grad, inplace
+        )
+        if inplace:
             torch.autograd.graph.increment_version(student_logits)
             student_grad = student_logits.detach()
-        else:
-            loss, rows, student_grad, teacher_grad = _run(
-                call.backend,
-                "distillation_loss_and_grad",
-                call.student,
-                call.teacher,
-                *call.options,
-                call.teacher_grad,
-            )
-        results = [
+        results: list[Any] = [
             loss.reshape(call.leading) if options.get("reduction") == "none" else loss,
             student_grad.reshape(student_logits.shape),
         ]
@@ -311,7 +283,9 @@ class _Call(NamedTuple):
     student: Tensor  # (N, columns), a view of the caller's where inplace
     teacher: Tensor  # (N, columns), detached unless teacher_grad
     backend: str
-    options: tuple  # the rest of the ops' forward arguments, in the order of the schema
+    # those that require grad, (1,) or (N,)
+    temperatures: tuple[Tensor | None, Tensor | None]
+    options: tuple  # ops.OPTIONS
     leading: torch.Size
     teacher_grad: bool
 
@@ -335,7 +309,10 @@ def _prepare(
     leading, columns = student_logits.shape[:-1], student_logits.shape[-1]
     check_flags(teacher_grad=teacher_grad, inplace=inplace)
     compute = reference.compute_dtype(student_logits, teacher_logits)
+    temperatures = _take_temperatures(options, compute)
     row = row_options(labels, leading, columns, student_logits.device, compute, **options)
+    _check_made_of(options, row, temperatures, teacher_grad, inplace)
+    check_center(row[ops.PLACE["teacher_center"]], teacher_logits.shape[-1])
     if not teacher_grad:
         teacher_logits = teacher_logits.detach()
     student = two_dimensional(student_logits, columns)
@@ -343,8 +320,52 @@ def _prepare(
     if inplace:
         _check_inplace(student_logits, student, teacher)
     if chosen == "reference":
-        check_labels(*(row[_PLACE[name]] for name in ("labels", "ignore_index", "vocab_size")))
-    return _Call(student, teacher, chosen, row, leading, teacher_grad)
+        check_labels(*(row[ops.PLACE[name]] for name in ("labels", "ignore_index", "vocab_size")))
+    return _Call(student, teacher, chosen, temperatures, row, leading, teacher_grad)
+
+
+_TEMPERATURES = ("temperature", "teacher_temperature")
+
+
+def _take_temperatures(
+    options: dict[str, Any], compute: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The temperatures that require grad, which the options then hold without."""
+    options.setdefault("teacher_temperature", None)
+    if options["teacher_temperature"] is None:
+        options["teacher_temperature"] = options.get("temperature", 1.0)
+    taken: list[Tensor | None] = []
+    for name in _TEMPERATURES:
+        tau = options.get(name, 1.0)
+        if isinstance(tau, Tensor) and tau.requires_grad:
+            options[name] = tau.detach()
+            # A complex one is refused with its name later.
+            taken.append(tau.reshape(-1).to(compute) if tau.is_floating_point() else None)
+        else:
+            taken.append(None)
+    return taken[0], taken[1]
+
+
+def _check_made_of(
+    options: dict[str, Any],
+    row: tuple,
+    temperatures: tuple[Tensor | None, Tensor | None],
+    teacher_grad: bool,
+    inplace: bool,
+) -> None:
+    """Refuses what the options made of several ops cannot do."""
+    if inplace and row[ops.PLACE["standardize"]]:
+        raise ValueError(
+            "inplace=True with standardize=True, whose gradient needs the logits once more; "
+            "accepted: inplace=False"
+        )
+    if row[ops.PLACE["divergence"]] == "cross_entropy":
+        needs = "teacher_grad=True" if teacher_grad else "a teacher_temperature that requires grad"
+        if teacher_grad or temperatures[1] is not None:
+            raise ValueError(
+                f"{needs} with divergence='cross_entropy', which gives the teacher's side no "
+                "gradient; accepted: divergence='forward_kl'"
+            )
 
 
 def row_options(
@@ -358,6 +379,8 @@ def row_options(
     temperature: Parameter = 1.0,
     teacher_temperature: Parameter | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
+    teacher_center: Tensor | None = None,
     kd_weight: Parameter = 1.0,
     ce_weight: Parameter = 0.0,
     z_loss_weight: Parameter = 0.0,
@@ -385,7 +408,9 @@ def row_options(
         raise ValueError(f"label_smoothing={label_smoothing}; accepted: [0, 1]")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; accepted: int")
-    check_flags(t_squared=t_squared, mask_kd=mask_kd, return_stats=return_stats)
+    check_flags(
+        t_squared=t_squared, standardize=standardize, mask_kd=mask_kd, return_stats=return_stats
+    )
     if normalizer is not None and reduction not in ("batchmean", "mean"):
         raise ValueError(
             f"normalizer with reduction={reduction!r}; accepted: reduction='batchmean' or 'mean'"
@@ -406,6 +431,12 @@ def row_options(
         pass_labels = labels.reshape(-1).to(torch.int64)
     if member.name == "dkd" and not mask_kd:
         raise ValueError("mask_kd=False with divergence='dkd', which needs a label in every row")
+
+    if teacher_center is not None:
+        teacher_center = _checked_center(teacher_center, device, compute)
+        if standardize or member.name == "adaptive_kl":
+            given = "standardize=True" if standardize else "divergence='adaptive_kl'"
+            raise ValueError(f"teacher_center with {given}; accepted: one of the two")
 
     rest = (leading, device, compute)
     if token_weights is not None:
@@ -441,7 +472,31 @@ def row_options(
         vocab_size,
         reduction,
         return_stats,
+        standardize,
+        teacher_center,
     )
+
+
+def _checked_center(center: Any, device: torch.device, compute: torch.dtype) -> Tensor:
+    """Its length is checked where the teacher's columns are known (``check_center``)."""
+    check_floats("teacher_center", center)
+    if center.dim() != 1:
+        raise ValueError(f"teacher_center has shape {tuple(center.shape)}; accepted: (V,)")
+    if center.device != device:
+        raise ValueError(
+            f"teacher_center is on {center.device}; accepted: the logits' device {device}"
+        )
+    if center.requires_grad:
+        raise ValueError("teacher_center requires grad; accepted: a tensor without gradient")
+    return center.to(compute).contiguous()
+
+
+def check_center(center: Tensor | None, columns: int) -> None:
+    if center is not None and center.shape[0] != columns:
+        raise ValueError(
+            f"teacher_center has shape {tuple(center.shape)}; accepted: ({columns},), one number "
+            "for each of the teacher's columns"
+        )
 
 
 def check_flags(**flags: Any) -> None:
@@ -563,15 +618,6 @@ def label_error(row: int, label: int, ignore_index: int, vocab_size: int) -> str
     )
 
 
-def _run(backend: str, op: str, *args: Any) -> Any:
-    try:
-        return _backend.implementation(backend, op, reference)(*args)
-    except RuntimeError as error:
-        if "labels[" in str(error):  # the stable C++ interface knows no other exception
-            raise IndexError(str(error)) from None
-        raise
-
-
 def _stats(rows: Tensor, leading: torch.Size) -> DistillationStats:
     lines = rows.detach()[len(reference.ROWS) :]
     return DistillationStats(*(line.reshape(leading) for line in lines))
@@ -581,13 +627,12 @@ class _Default(torch.autograd.Function):
     """Keeps the logits and their row statistics; the backward reads the logits once more."""
 
     @staticmethod
-    def forward(ctx, student, teacher, backend, options):
-        loss, rows = _run(backend, "distillation_loss", student, teacher, *options)
-        ctx.save_for_backward(student, teacher, rows, options[_PLACE["labels"]])
-        ctx.backend = backend
-        ctx.arguments = [
-            options[_PLACE[name]] for name in ("divergence", "label_smoothing", "vocab_size")
-        ]
+    def forward(ctx, student, teacher, temperature, teacher_temperature, backend, options):
+        call = ops.prepare(backend, student, teacher, options)
+        loss, rows = ops.forward(call)
+        ctx.save_for_backward(rows, *call.kept.tensors)
+        ctx.rest = call.kept.rest
+        ctx.sizes = _sizes(temperature, teacher_temperature)
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
         return loss, rows
@@ -595,41 +640,36 @@ class _Default(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return None, None, None, None
-        student, teacher, rows, labels = ctx.saved_tensors
+            return None, None, None, None, None, None
+        rows, *tensors = ctx.saved_tensors
+        kept = ops.Kept(*tensors, *ctx.rest)
+        upstream = grad_loss.to(rows.dtype)
+        by_temperature: tuple[Tensor | None, ...] = (None, None)
         with torch.no_grad():
-            grads = _run(
-                ctx.backend,
-                "distillation_loss_backward",
-                grad_loss.to(rows.dtype),
-                student,
-                teacher,
-                rows,
-                labels,
-                *ctx.arguments,
-                *ctx.needs_input_grad[:2],
-            )
-        return _hand_over(ctx, grads, grad_loss, student, teacher)
+            grads = ops.backward(kept, upstream, rows, *ctx.needs_input_grad[:2])
+            if kept.student_moments is not None or any(ctx.needs_input_grad[2:4]):
+                terms = ops.temperature_terms(kept, rows)
+                ops.add_deviations_(kept, terms, upstream, *grads)
+                by_temperature = _by_temperature(terms, upstream, ctx.sizes)
+        return _hand_over(ctx, (*grads, *by_temperature), grad_loss, *tensors[:2])
 
 
 class _InPlace(torch.autograd.Function):
     """Writes the gradient over the student's logits in the forward; the backward hands it on."""
 
     @staticmethod
-    def forward(ctx, student, teacher, backend, options):
-        loss, rows, teacher_grad = _run(
-            backend,
-            "distillation_loss_and_grad_",
-            student,
-            teacher,
-            *options,
-            ctx.needs_input_grad[1],
-        )
+    def forward(ctx, student, teacher, temperature, teacher_temperature, backend, options):
+        call = ops.prepare(backend, student, teacher, options)
+        terms = None
+        if any(ctx.needs_input_grad[2:4]):  # while the logits are there
+            terms = ops.temperature_terms(call.kept, ops.forward(call)[1])
+        loss, rows, _, teacher_grad = ops.loss_and_grad(call, ctx.needs_input_grad[1], True)
         # Whoever else saved these logits must get PyTorch's own error. Not mark_dirty: it loses the
         # gradient where the logits are a compiled graph's input.
         torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student, teacher_grad, teacher)
+        ctx.save_for_backward(student, teacher_grad, teacher, *(terms[:2] if terms else ()))
         ctx.backend, ctx.spent = backend, False
+        ctx.sizes = _sizes(temperature, teacher_temperature)
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
         return loss, rows
@@ -637,22 +677,47 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return None, None, None, None
+            return None, None, None, None, None, None
         if ctx.spent:
             raise RuntimeError(
                 "second backward through distillation_loss(inplace=True): its gradient was handed "
                 "on by the first; accepted: inplace=False where a graph is walked twice"
             )
         ctx.spent = True
-        student, teacher_grad, teacher = ctx.saved_tensors
+        student, teacher_grad, teacher, *terms = ctx.saved_tensors
         student_grad = student.detach()
         with torch.no_grad():
             for grad, needed in zip(
                 (student_grad, teacher_grad), ctx.needs_input_grad, strict=False
             ):
                 if needed:
-                    _run(ctx.backend, "scale_rows_", grad, grad_loss)
-        return _hand_over(ctx, (student_grad, teacher_grad), grad_loss, student, teacher)
+                    ops.run(ctx.backend, "scale_rows_", grad, grad_loss)
+            by_temperature = _by_temperature(terms, grad_loss, ctx.sizes)
+        grads = (student_grad, teacher_grad, *by_temperature)
+        return _hand_over(ctx, grads, grad_loss, student, teacher)
+
+
+def _sizes(*temperatures: Tensor | None) -> tuple[int | None, ...]:
+    return tuple(None if tau is None else tau.shape[0] for tau in temperatures)
+
+
+def _by_temperature(
+    terms: Sequence[Tensor | None], upstream: Tensor, sizes: tuple[int | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the temperatures, (1,) or (N,), from each row's derivatives."""
+    grads: list[Tensor | None] = []
+    for place, size in enumerate(sizes):
+        if size is None:
+            grads.append(None)
+            continue
+        term = terms[place]
+        assert term is not None
+        by_row = torch.where(term == 0, 0.0, term * upstream)
+        summed = size == 1 and term.shape[0] != 1
+        grads.append(
+            by_row.sum(dtype=torch.float64).to(term.dtype).reshape(1) if summed else by_row
+        )
+    return tuple(grads)
 
 
 def _hand_over(ctx, grads, *differentiable):
