@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ...divergences import Divergence, Parameter, resolve
+from ...divergences import DIVERGENCES, MADE_OF_OTHERS, Divergence, Parameter, resolve
 from .. import _backend
 from .._common import (
     check_floats,
@@ -170,11 +170,11 @@ def distillation_loss(
     )
     inputs = (call.student, call.teacher, *call.temperatures)
     if torch.is_grad_enabled() and inplace and call.student.requires_grad:
-        loss, rows = _InPlace.apply(*inputs, call.backend, call.options)
+        loss, rows = _InPlace.apply(*inputs, call.backend, call.options, call.extras)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        loss, rows = _Default.apply(*inputs, call.backend, call.options)
+        loss, rows = _Default.apply(*inputs, call.backend, call.options, call.extras)
     else:
-        loss, rows = ops.forward(ops.prepare(call.backend, *inputs[:2], call.options))
+        loss, rows = ops.forward(ops.prepare(call.backend, *inputs[:2], call.options, call.extras))
     loss = loss.reshape(call.leading) if reduction == "none" else loss
     return (loss, _stats(rows, call.leading)) if return_stats else loss
 
@@ -207,7 +207,7 @@ def distillation_loss_and_grad(
             )
     inplace = options.get("inplace", False)
     with torch.no_grad():
-        prepared = ops.prepare(call.backend, call.student, call.teacher, call.options)
+        prepared = ops.prepare(call.backend, call.student, call.teacher, call.options, call.extras)
         loss, rows, student_grad, teacher_grad = ops.loss_and_grad(
             prepared, call.teacher_grad, inplace
         )
@@ -286,6 +286,7 @@ class _Call(NamedTuple):
     # those that require grad, (1,) or (N,)
     temperatures: tuple[Tensor | None, Tensor | None]
     options: tuple  # ops.OPTIONS
+    extras: ops.Extras
     leading: torch.Size
     teacher_grad: bool
 
@@ -297,6 +298,8 @@ def _prepare(
     *,
     teacher_grad: bool = False,
     inplace: bool = False,
+    standardize: bool = False,
+    teacher_center: Tensor | None = None,
     backend: str | None = None,
     **options: Any,
 ) -> _Call:
@@ -310,9 +313,22 @@ def _prepare(
     check_flags(teacher_grad=teacher_grad, inplace=inplace)
     compute = reference.compute_dtype(student_logits, teacher_logits)
     temperatures = _take_temperatures(options, compute)
-    row = row_options(labels, leading, columns, student_logits.device, compute, **options)
-    _check_made_of(options, row, temperatures, teacher_grad, inplace)
-    check_center(row[ops.PLACE["teacher_center"]], teacher_logits.shape[-1])
+    row = row_options(
+        labels, leading, columns, student_logits.device, compute, **options, fused_only=False
+    )
+    divergence = row[ops.PLACE["divergence"]]
+    extras = _extras(standardize, teacher_center, divergence, teacher_logits, compute)
+    if inplace and standardize:
+        raise ValueError(
+            "inplace=True with standardize=True, whose gradient needs the logits once more; "
+            "accepted: inplace=False"
+        )
+    if divergence == "cross_entropy" and (teacher_grad or temperatures[1] is not None):
+        needs = "teacher_grad=True" if teacher_grad else "a teacher_temperature that requires grad"
+        raise ValueError(
+            f"{needs} with divergence='cross_entropy', which gives the teacher's side no "
+            "gradient; accepted: divergence='forward_kl'"
+        )
     if not teacher_grad:
         teacher_logits = teacher_logits.detach()
     student = two_dimensional(student_logits, columns)
@@ -321,7 +337,7 @@ def _prepare(
         _check_inplace(student_logits, student, teacher)
     if chosen == "reference":
         check_labels(*(row[ops.PLACE[name]] for name in ("labels", "ignore_index", "vocab_size")))
-    return _Call(student, teacher, chosen, temperatures, row, leading, teacher_grad)
+    return _Call(student, teacher, chosen, temperatures, row, extras, leading, teacher_grad)
 
 
 _TEMPERATURES = ("temperature", "teacher_temperature")
@@ -346,28 +362,6 @@ def _take_temperatures(
     return taken[0], taken[1]
 
 
-def _check_made_of(
-    options: dict[str, Any],
-    row: tuple,
-    temperatures: tuple[Tensor | None, Tensor | None],
-    teacher_grad: bool,
-    inplace: bool,
-) -> None:
-    """Refuses what the options made of several ops cannot do."""
-    if inplace and row[ops.PLACE["standardize"]]:
-        raise ValueError(
-            "inplace=True with standardize=True, whose gradient needs the logits once more; "
-            "accepted: inplace=False"
-        )
-    if row[ops.PLACE["divergence"]] == "cross_entropy":
-        needs = "teacher_grad=True" if teacher_grad else "a teacher_temperature that requires grad"
-        if teacher_grad or temperatures[1] is not None:
-            raise ValueError(
-                f"{needs} with divergence='cross_entropy', which gives the teacher's side no "
-                "gradient; accepted: divergence='forward_kl'"
-            )
-
-
 def row_options(
     labels: Tensor | None,
     leading: torch.Size,
@@ -379,8 +373,6 @@ def row_options(
     temperature: Parameter = 1.0,
     teacher_temperature: Parameter | None = None,
     t_squared: bool = True,
-    standardize: bool = False,
-    teacher_center: Tensor | None = None,
     kd_weight: Parameter = 1.0,
     ce_weight: Parameter = 0.0,
     z_loss_weight: Parameter = 0.0,
@@ -392,9 +384,10 @@ def row_options(
     reduction: str = "batchmean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
+    fused_only: bool = True,
 ) -> tuple:
     """Checks every option that is about rows, for logits of shape (*leading, columns), and turns
-    them into OPTIONS, in that order.
+    them into OPTIONS, in that order. ``fused_only``: refuse what is made of several ops.
     """
     if vocab_size is None:
         vocab_size = columns
@@ -408,14 +401,17 @@ def row_options(
         raise ValueError(f"label_smoothing={label_smoothing}; accepted: [0, 1]")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; accepted: int")
-    check_flags(
-        t_squared=t_squared, standardize=standardize, mask_kd=mask_kd, return_stats=return_stats
-    )
+    check_flags(t_squared=t_squared, mask_kd=mask_kd, return_stats=return_stats)
     if normalizer is not None and reduction not in ("batchmean", "mean"):
         raise ValueError(
             f"normalizer with reduction={reduction!r}; accepted: reduction='batchmean' or 'mean'"
         )
     member = resolve(divergence)
+    if fused_only and member.name in MADE_OF_OTHERS:
+        raise ValueError(
+            f"divergence={member.name!r}; accepted here: {', '.join(DIVERGENCES)}. Others are "
+            "distillation_loss's alone"
+        )
     if labels is None:
         if not isinstance(ce_weight, Tensor) and ce_weight == 0 and member.name != "dkd":
             pass_labels = None
@@ -431,12 +427,6 @@ def row_options(
         pass_labels = labels.reshape(-1).to(torch.int64)
     if member.name == "dkd" and not mask_kd:
         raise ValueError("mask_kd=False with divergence='dkd', which needs a label in every row")
-
-    if teacher_center is not None:
-        teacher_center = _checked_center(teacher_center, device, compute)
-        if standardize or member.name == "adaptive_kl":
-            given = "standardize=True" if standardize else "divergence='adaptive_kl'"
-            raise ValueError(f"teacher_center with {given}; accepted: one of the two")
 
     rest = (leading, device, compute)
     if token_weights is not None:
@@ -472,31 +462,31 @@ def row_options(
         vocab_size,
         reduction,
         return_stats,
-        standardize,
-        teacher_center,
     )
 
 
-def _checked_center(center: Any, device: torch.device, compute: torch.dtype) -> Tensor:
-    """Its length is checked where the teacher's columns are known (``check_center``)."""
+def _extras(
+    standardize: bool, center: Tensor | None, divergence: str, teacher: Tensor, compute: torch.dtype
+) -> ops.Extras:
+    check_flags(standardize=standardize)
+    if center is None:
+        return ops.Extras(standardize)
+    if standardize or divergence == "adaptive_kl":
+        given = "standardize=True" if standardize else "divergence='adaptive_kl'"
+        raise ValueError(f"teacher_center with {given}; accepted: one of the two")
     check_floats("teacher_center", center)
-    if center.dim() != 1:
-        raise ValueError(f"teacher_center has shape {tuple(center.shape)}; accepted: (V,)")
-    if center.device != device:
+    if center.shape != teacher.shape[-1:]:
         raise ValueError(
-            f"teacher_center is on {center.device}; accepted: the logits' device {device}"
+            f"teacher_center has shape {tuple(center.shape)}; accepted: "
+            f"{tuple(teacher.shape[-1:])}, a number for each of the teacher's columns"
+        )
+    if center.device != teacher.device:
+        raise ValueError(
+            f"teacher_center is on {center.device}; accepted: the logits' device {teacher.device}"
         )
     if center.requires_grad:
         raise ValueError("teacher_center requires grad; accepted: a tensor without gradient")
-    return center.to(compute).contiguous()
-
-
-def check_center(center: Tensor | None, columns: int) -> None:
-    if center is not None and center.shape[0] != columns:
-        raise ValueError(
-            f"teacher_center has shape {tuple(center.shape)}; accepted: ({columns},), one number "
-            "for each of the teacher's columns"
-        )
+    return ops.Extras(False, center.to(compute).contiguous())
 
 
 def check_flags(**flags: Any) -> None:
@@ -627,8 +617,8 @@ class _Default(torch.autograd.Function):
     """Keeps the logits and their row statistics; the backward reads the logits once more."""
 
     @staticmethod
-    def forward(ctx, student, teacher, temperature, teacher_temperature, backend, options):
-        call = ops.prepare(backend, student, teacher, options)
+    def forward(ctx, student, teacher, temperature, teacher_temperature, backend, options, extras):
+        call = ops.prepare(backend, student, teacher, options, extras)
         loss, rows = ops.forward(call)
         ctx.save_for_backward(rows, *call.kept.tensors)
         ctx.rest = call.kept.rest
@@ -640,7 +630,7 @@ class _Default(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         rows, *tensors = ctx.saved_tensors
         kept = ops.Kept(*tensors, *ctx.rest)
         upstream = grad_loss.to(rows.dtype)
@@ -658,8 +648,8 @@ class _InPlace(torch.autograd.Function):
     """Writes the gradient over the student's logits in the forward; the backward hands it on."""
 
     @staticmethod
-    def forward(ctx, student, teacher, temperature, teacher_temperature, backend, options):
-        call = ops.prepare(backend, student, teacher, options)
+    def forward(ctx, student, teacher, temperature, teacher_temperature, backend, options, extras):
+        call = ops.prepare(backend, student, teacher, options, extras)
         terms = None
         if any(ctx.needs_input_grad[2:4]):  # while the logits are there
             terms = ops.temperature_terms(call.kept, ops.forward(call)[1])
@@ -677,7 +667,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         if ctx.spent:
             raise RuntimeError(
                 "second backward through distillation_loss(inplace=True): its gradient was handed "
@@ -723,4 +713,4 @@ def _by_temperature(
 def _hand_over(ctx, grads, *differentiable):
     """The gradients of a backward, guarded where somebody wants to differentiate them again."""
     wanted = no_double_backward(ctx, grads, *differentiable)
-    return *wanted, None, None
+    return *wanted, None, None, None

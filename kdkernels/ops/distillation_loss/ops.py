@@ -21,7 +21,8 @@ from torch import Tensor
 from .. import _backend
 from . import reference
 
-_ROW_OPTIONS = (
+# What the fused ops take after the logits, and linear_distillation_loss's after its heads.
+OPTIONS = (
     "Tensor? labels, Tensor? token_weights, str divergence, "
     "float first, Tensor? first_tensor, float second, Tensor? second_tensor, "
     "float temperature, Tensor? temperature_tensor, "
@@ -31,19 +32,16 @@ _ROW_OPTIONS = (
     "float? normalizer, Tensor? normalizer_tensor, bool t_squared, float label_smoothing, "
     "int ignore_index, bool mask_kd, int vocab_size, str reduction, bool return_stats"
 )
-# What the functions of this file take after the logits, and linear_distillation_loss's op after its
-# heads. The fused ops take the first of these.
-OPTIONS = f"{_ROW_OPTIONS}, bool standardize, Tensor? teacher_center"
 _CENTER = "Tensor? teacher_center=None"
 FUSED = {
-    "distillation_loss": f"(Tensor student, Tensor teacher, {_ROW_OPTIONS}, {_CENTER}) "
+    "distillation_loss": f"(Tensor student, Tensor teacher, {OPTIONS}, {_CENTER}) "
     "-> (Tensor, Tensor)",
     "distillation_loss_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, "
     "Tensor rows, Tensor? labels, str divergence, float label_smoothing, int vocab_size, "
     f"bool student_grad, bool teacher_grad, {_CENTER}) -> (Tensor, Tensor)",
-    "distillation_loss_and_grad": f"(Tensor student, Tensor teacher, {_ROW_OPTIONS}, "
+    "distillation_loss_and_grad": f"(Tensor student, Tensor teacher, {OPTIONS}, "
     f"bool teacher_grad, {_CENTER}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "distillation_loss_and_grad_": f"(Tensor(a!) student, Tensor teacher, {_ROW_OPTIONS}, "
+    "distillation_loss_and_grad_": f"(Tensor(a!) student, Tensor teacher, {OPTIONS}, "
     f"bool teacher_grad, {_CENTER}) -> (Tensor, Tensor, Tensor)",
     "scale_rows_": "(Tensor(a!) grad, Tensor factor) -> ()",
 }
@@ -68,6 +66,13 @@ MADE_OF = {"adaptive_kl": "jeffreys", "cross_entropy": "forward_kl"}
 EPSILON = 1e-7
 
 _LINE = {name: place for place, name in enumerate(reference.ROWS + reference.STATS)}
+
+
+class Extras(NamedTuple):
+    """Options that the fused ops do not take."""
+
+    standardize: bool = False
+    teacher_center: Tensor | None = None  # (columns of the teacher,)
 
 
 class Kept(NamedTuple):
@@ -104,15 +109,14 @@ class Call(NamedTuple):
     with_stats: bool  # whether the caller asked for them
 
 
-def prepare(backend: str, student: Tensor, teacher: Tensor, options: tuple) -> Call:
-    """``options`` are OPTIONS."""
-    *given, standardize, center = options
-    option = dict(zip(OPTION_NAMES, given, strict=False))
+def prepare(backend: str, student: Tensor, teacher: Tensor, options: tuple, extras: Extras) -> Call:
+    """``options`` are OPTIONS, their divergence any."""
+    option = dict(zip(OPTION_NAMES, options, strict=True))
     divergence, with_stats = option["divergence"], option["return_stats"]
     kept = Kept(
         student,
         teacher,
-        center,
+        extras.teacher_center,
         option["labels"],
         None,
         None,
@@ -123,10 +127,10 @@ def prepare(backend: str, student: Tensor, teacher: Tensor, options: tuple) -> C
         option["t_squared"],
         divergence == "cross_entropy",
     )
-    if not standardize and divergence not in MADE_OF:
-        return Call(kept, tuple(given), 1.0, with_stats)
+    if not extras.standardize and divergence not in MADE_OF:
+        return Call(kept, options, 1.0, with_stats)
     t2: float | Tensor = 1.0
-    if standardize:
+    if extras.standardize:
         moments = [
             run(backend, "row_moments", x, kept.vocab_size).to(
                 reference.compute_dtype(student, teacher)
