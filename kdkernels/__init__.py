@@ -4,6 +4,7 @@ from . import divergences
 from .ops.distillation_loss import (
     DistillationLoss,
     DistillationStats,
+    TeacherCenter,
     distillation_loss,
     distillation_loss_and_grad,
     explain,
@@ -21,6 +22,7 @@ __all__ = [
     "LinearDistillationLoss",
     "LogSoftmax",
     "Softmax",
+    "TeacherCenter",
     "distillation_loss",
     "distillation_loss_and_grad",
     "divergences",

@@ -5,8 +5,9 @@ PyTorch's autograd. Nothing of the package is used.
 import torch
 
 
-def _kl(p, q):
-    return torch.xlogy(p, p).sub(torch.xlogy(p, q)).sum(-1)
+def _kl(a, b):
+    """Σ exp(a)·(a − b), of logarithms."""
+    return torch.where(a.exp() == 0, 0.0, a.exp() * (a - b)).sum(-1)
 
 
 def _mixture(x, y, weight):
@@ -28,31 +29,36 @@ def adaptive_weight(p, q):
     return q.new_tensor(weights)
 
 
-def _dkd(p, q, labels, first, second):
-    at = torch.nn.functional.one_hot(labels, p.shape[-1]).bool()
-    binary = [torch.stack([x[at], x[~at].reshape(len(x), -1).sum(-1)], -1) for x in (q, p)]
-    rest = [x[~at].reshape(len(x), -1) for x in (q, p)]
-    rest = [x / x.sum(-1, keepdim=True) for x in rest]
+def _dkd(a, b, labels, first, second):
+    at = torch.nn.functional.one_hot(labels, a.shape[-1]).bool()
+    binary, rest = [], []
+    for x in (b, a):
+        others = x[~at].reshape(len(x), -1)
+        binary.append(torch.stack([x[at], others.logsumexp(-1)], -1))
+        rest.append(others.log_softmax(-1))
     return first * _kl(*binary) + second * _kl(*rest)
 
 
-def divergence(name, p, q, labels=None, first=0.5, second=0.0):
-    """(N,); p the student, q the teacher."""
-    if name in ("forward_kl", "cross_entropy"):
-        return _kl(q, p) - (torch.xlogy(q, q).sum(-1) if name == "cross_entropy" else 0)
+def divergence(name, a, b, labels=None, first=0.5, second=0.0):
+    """(N,) of log-probabilities: a the student's, b the teacher's."""
+    p, q = a.exp(), b.exp()
+    if name == "forward_kl":
+        return _kl(b, a)
+    if name == "cross_entropy":
+        return -torch.where(q == 0, 0.0, q * a).sum(-1)
     if name == "reverse_kl":
-        return _kl(p, q)
+        return _kl(a, b)
     if name in ("jeffreys", "adaptive_kl"):
         if name == "adaptive_kl":
             first = adaptive_weight(p.detach(), q.detach())
-        return first * _kl(q, p) + (1 - first) * _kl(p, q)
+        return first * _kl(b, a) + (1 - first) * _kl(a, b)
     if name == "jsd":
-        m = _mixture(q, p, first)
-        return first * _kl(q, m) + (1 - first) * _kl(p, m)
+        m = _mixture(q, p, first).log()
+        return first * _kl(b, m) + (1 - first) * _kl(a, m)
     if name == "skew_forward_kl":
-        return _kl(q, _mixture(q, p, first))
+        return _kl(b, _mixture(q, p, first).log())
     if name == "skew_reverse_kl":
-        return _kl(p, _mixture(p, q, first))
+        return _kl(a, _mixture(p, q, first).log())
     if name == "alpha":
         return ((q**first * p ** (1 - first)).sum(-1) - 1) / (first * (first - 1))
     if name == "tvd":
@@ -64,7 +70,7 @@ def divergence(name, p, q, labels=None, first=0.5, second=0.0):
         mixed = q**first * p**second - first / k * q**k - second / k * p**k
         return -mixed.sum(-1) / (first * second)
     assert name == "dkd"
-    return _dkd(p, q, labels, first, second)
+    return _dkd(a, b, labels, first, second)
 
 
 def standardized(x):
@@ -87,15 +93,21 @@ def loss(
     ce_weight=0.0,
     z_loss_weight=0.0,
 ):
-    """(N,) losses of float64 rows, temperatures numbers or tensors that broadcast over rows."""
-    tau = torch.as_tensor(temperature, dtype=torch.float64)
-    other = tau if teacher_temperature is None else torch.as_tensor(teacher_temperature).double()
+    """(N,) losses in the dtype of the rows, temperatures numbers or tensors that broadcast over
+    rows.
+    """
+    tau = torch.as_tensor(temperature, dtype=student.dtype)
+    other = (
+        tau
+        if teacher_temperature is None
+        else torch.as_tensor(teacher_temperature, dtype=student.dtype)
+    )
     s, t = student, teacher if center is None else teacher - center
     if standardize:
         s, t = standardized(s), standardized(t)
-    p = torch.softmax(s / tau.reshape(-1, 1), -1)
-    q = torch.softmax(t / other.reshape(-1, 1), -1)
-    value = divergence(name, p, q, labels, first, second)
+    a = torch.log_softmax(s / tau.reshape(-1, 1), -1)
+    b = torch.log_softmax(t / other.reshape(-1, 1), -1)
+    value = divergence(name, a, b, labels, first, second)
     value = value * tau.reshape(-1) ** 2 if t_squared else value
     if ce_weight:
         value = value + ce_weight * torch.nn.functional.cross_entropy(

@@ -33,6 +33,7 @@ from .._common import (
     two_dimensional,
 )
 from . import ops, reference
+from .center import TeacherCenter as TeacherCenter
 from .ops import OPTION_NAMES as OPTION_NAMES
 from .ops import OPTIONS as OPTIONS
 
@@ -91,11 +92,19 @@ def distillation_loss(
         labels: (...) integer column numbers, or ``ignore_index``; not shifted. Needed for
             ``ce_weight`` and DKD.
         divergence: a name in ``kdkernels.divergences.DIVERGENCES`` or an object made by one of
-            those functions.
+            those functions; "adaptive_kl" (AKL); or "cross_entropy" (DINO: forward KL plus the
+            teacher's entropy; none of its gradients but the student's and its temperature's).
         temperature: τs > 0 divides the student's logits. A float, a 0-d tensor, or one value a
-            token (leading shape).
-        teacher_temperature: τt > 0 for the teacher's; default τs.
+            token (leading shape). A tensor that requires grad gets it, T² included (CTKD, Li et
+            al. 2022, arXiv 2211.16231, which reverses its sign). Masked tokens add nothing.
+        teacher_temperature: τt > 0 for the teacher's; default τs. As for the gradient.
         t_squared: multiply the KD term, value and gradient, by τs² (Hinton et al. 2015, section 2).
+        standardize: divide (s − mean)/(std + 1e-7) of each row instead of its logits by its
+            temperature, and the teacher's likewise (LSKD, Sun et al. 2024, arXiv 2403.01427, and
+            its code: the unbiased deviation, 0 where V = 1). The gradient goes through mean and
+            deviation; CE and z-loss see the logits. A row with −inf is NaN.
+        teacher_center: (V,), subtracted from each row of the teacher's logits first
+            (``TeacherCenter``). Its columns are the teacher's.
         kd_weight, ce_weight, z_loss_weight: weights of the three terms: float, 0-d tensor or one
             value a token.
         label_smoothing: ε in [0, 1], as in ``torch.nn.functional.cross_entropy``.
@@ -112,7 +121,8 @@ def distillation_loss(
             number > 0 or a 0-d tensor, where 0 counts as 1.
         teacher_grad: also give the teacher its gradient (mutual and online distillation); else it
             is detached.
-        inplace: write the gradient over ``student_logits``, which must not be read afterwards
+        inplace: not with ``standardize``; with a temperature that requires grad the rows are read
+            twice. Write the gradient over ``student_logits``, which must not be read afterwards
             (PyTorch's version counter catches whoever saved them). Not for leaf tensors, rows that
             overlap, or a teacher in the same memory; one backward only. Untouched where no gradient
             is needed. The gradient is rounded to the logits' dtype before the upstream factor
@@ -135,6 +145,13 @@ def distillation_loss(
             with the same text inside a compiled graph.)
         RuntimeError: a backend that cannot serve the call; a second backward after ``inplace``.
         NotImplementedError: double backward.
+
+    Options cost more looks at the rows, where they are used only. A temperature's gradient: one at
+    both, in the backward. ``standardize``: one or two at both in the forward; in the backward one
+    at both, and one at the student's logits and gradient. "adaptive_kl": a selection by bisection,
+    up to 36 looks at a row in cache (about the time of the loss itself; a sort takes many times as
+    long). "cross_entropy": that of ``return_stats``. ``teacher_center``: on the CPU with the C++
+    library a row at a time; elsewhere the centred logits are made, N·V numbers in float32.
 
     A divergence may be +inf where the mathematics is: forward KL where only the student is −inf
     (its gradient stays finite), reverse KL and Jeffreys where only the teacher is (gradient NaN in
@@ -620,9 +637,8 @@ class _Default(torch.autograd.Function):
     def forward(ctx, student, teacher, temperature, teacher_temperature, backend, options, extras):
         call = ops.prepare(backend, student, teacher, options, extras)
         loss, rows = ops.forward(call)
-        ctx.save_for_backward(rows, *call.kept.tensors)
+        ctx.save_for_backward(temperature, teacher_temperature, rows, *call.kept.tensors)
         ctx.rest = call.kept.rest
-        ctx.sizes = _sizes(temperature, teacher_temperature)
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
         return loss, rows
@@ -631,7 +647,8 @@ class _Default(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
             return (None,) * 7
-        rows, *tensors = ctx.saved_tensors
+        *temperatures, rows = ctx.saved_tensors[:3]
+        tensors = ctx.saved_tensors[3:]
         kept = ops.Kept(*tensors, *ctx.rest)
         upstream = grad_loss.to(rows.dtype)
         by_temperature: tuple[Tensor | None, ...] = (None, None)
@@ -640,8 +657,8 @@ class _Default(torch.autograd.Function):
             if kept.student_moments is not None or any(ctx.needs_input_grad[2:4]):
                 terms = ops.temperature_terms(kept, rows)
                 ops.add_deviations_(kept, terms, upstream, *grads)
-                by_temperature = _by_temperature(terms, upstream, ctx.sizes)
-        return _hand_over(ctx, (*grads, *by_temperature), grad_loss, *tensors[:2])
+                by_temperature = _by_temperature(terms, upstream, temperatures)
+        return _hand_over(ctx, (*grads, *by_temperature), grad_loss, *tensors[:2], *temperatures)
 
 
 class _InPlace(torch.autograd.Function):
@@ -657,9 +674,10 @@ class _InPlace(torch.autograd.Function):
         # Whoever else saved these logits must get PyTorch's own error. Not mark_dirty: it loses the
         # gradient where the logits are a compiled graph's input.
         torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student, teacher_grad, teacher, *(terms[:2] if terms else ()))
+        temperatures = (temperature, teacher_temperature)
+        of_rows = terms[:2] if terms else ()
+        ctx.save_for_backward(student, teacher_grad, teacher, *temperatures, *of_rows)
         ctx.backend, ctx.spent = backend, False
-        ctx.sizes = _sizes(temperature, teacher_temperature)
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
         return loss, rows
@@ -674,7 +692,8 @@ class _InPlace(torch.autograd.Function):
                 "on by the first; accepted: inplace=False where a graph is walked twice"
             )
         ctx.spent = True
-        student, teacher_grad, teacher, *terms = ctx.saved_tensors
+        student, teacher_grad, teacher, *temperatures = ctx.saved_tensors[:5]
+        terms = ctx.saved_tensors[5:]
         student_grad = student.detach()
         with torch.no_grad():
             for grad, needed in zip(
@@ -682,28 +701,24 @@ class _InPlace(torch.autograd.Function):
             ):
                 if needed:
                     ops.run(ctx.backend, "scale_rows_", grad, grad_loss)
-            by_temperature = _by_temperature(terms, grad_loss, ctx.sizes)
+            by_temperature = _by_temperature(terms, grad_loss, temperatures)
         grads = (student_grad, teacher_grad, *by_temperature)
-        return _hand_over(ctx, grads, grad_loss, student, teacher)
-
-
-def _sizes(*temperatures: Tensor | None) -> tuple[int | None, ...]:
-    return tuple(None if tau is None else tau.shape[0] for tau in temperatures)
+        return _hand_over(ctx, grads, grad_loss, student, teacher, *temperatures)
 
 
 def _by_temperature(
-    terms: Sequence[Tensor | None], upstream: Tensor, sizes: tuple[int | None, ...]
+    terms: Sequence[Tensor | None], upstream: Tensor, temperatures: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the temperatures, (1,) or (N,), from each row's derivatives."""
     grads: list[Tensor | None] = []
-    for place, size in enumerate(sizes):
-        if size is None:
+    for place, tau in enumerate(temperatures):
+        if tau is None:
             grads.append(None)
             continue
         term = terms[place]
         assert term is not None
         by_row = torch.where(term == 0, 0.0, term * upstream)
-        summed = size == 1 and term.shape[0] != 1
+        summed = tau.shape[0] == 1 and term.shape[0] != 1
         grads.append(
             by_row.sum(dtype=torch.float64).to(term.dtype).reshape(1) if summed else by_row
         )
@@ -712,5 +727,6 @@ def _by_temperature(
 
 def _hand_over(ctx, grads, *differentiable):
     """The gradients of a backward, guarded where somebody wants to differentiate them again."""
-    wanted = no_double_backward(ctx, grads, *differentiable)
+    given = [x for x in differentiable if x is not None]
+    wanted = no_double_backward(ctx, grads, *given)
     return *wanted, None, None, None
