@@ -102,7 +102,7 @@ struct SumsCall {
 
 template <class D>
 __device__ void sums_of_row(const Problem<float>& p, int64_t i, const LineSums<float>& row,
-                            float sum_h, float (&sums)[2]) {
+                            float sum_h, Products<float>& student, Products<float>& teacher) {
   float s_max = p.line(kStudentMax, i), t_max = p.line(kTeacherMax, i);
   float s_log_z = p.line(kStudentLogZ, i) * log2_e<float>;
   float t_log_z = p.line(kTeacherLogZ, i) * log2_e<float>;
@@ -118,8 +118,9 @@ __device__ void sums_of_row(const Problem<float>& p, int64_t i, const LineSums<f
     float e = D::mixes ? expm1_nonpositive(-absolute(a - b)) : 0.f;
     float q = exp2_hardware(b2), p_ = exp2_hardware(a2);
     Term<float> term = D::term(a, b, p_, q, e, row.weights);
-    sums[0] += times(row.factor * term.g - p_ * row.sum_g, x);
-    sums[1] += times(row.factor * term.h - q * sum_h, y);
+    float by_s = row.factor * term.g - p_ * row.sum_g, by_t = row.factor * term.h - q * sum_h;
+    student.add(times(by_s, x), by_s, times(p_, x));
+    teacher.add(times(by_t, y), by_t, times(q, y));
   }
 }
 
@@ -128,7 +129,8 @@ template <class D>
 __global__ void __launch_bounds__(kRowThreads) temperature_sums_rows(SumsCall call) {
   const Problem<float>& p = call.problem;
   int64_t i = blockIdx.x;
-  float sums[2] = {0, 0}, kd = 0;
+  Products<float> student, teacher;
+  float kd = 0;
   if (p.line(kKdScale, i) != 0) {
     LineSums<float> row = line_sums(p, i);
     float sum_h = row.sum_h;
@@ -146,22 +148,26 @@ __global__ void __launch_bounds__(kRowThreads) temperature_sums_rows(SumsCall ca
       float by_label = row.weights.first * binary.odds_gradient;
       sum_h = row.weights.second * row.kd + by_label;
       if (threadIdx.x == 0) {
-        sums[0] = times(row.sum_g, x);
-        sums[1] = times(by_label, y);
+        student.add(times(row.sum_g, x), row.sum_g, 0);
+        teacher.add(times(by_label, y), by_label, 0);
       }
     }
     if (row.effective == Divergence::forward_kl) {
-      sums_of_row<ForwardKL>(p, i, row, sum_h, sums);
+      sums_of_row<ForwardKL>(p, i, row, sum_h, student, teacher);
     } else if (row.effective == Divergence::reverse_kl) {
-      sums_of_row<ReverseKL>(p, i, row, sum_h, sums);
+      sums_of_row<ReverseKL>(p, i, row, sum_h, student, teacher);
     } else {
-      sums_of_row<D>(p, i, row, sum_h, sums);
+      sums_of_row<D>(p, i, row, sum_h, student, teacher);
     }
+    float sums[6] = {student.product, student.all, student.mean,
+                     teacher.product, teacher.all, teacher.mean};
     block_sums(sums);
+    student = {sums[0], sums[1], sums[2]};
+    teacher = {sums[3], sums[4], sums[5]};
   }
   if (threadIdx.x == 0) {
-    call.out[i] = sums[0];
-    call.out[p.n + i] = sums[1];
+    call.out[i] = student.centred();
+    call.out[p.n + i] = teacher.centred();
     call.out[2 * p.n + i] = kd;
   }
 }

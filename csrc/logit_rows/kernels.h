@@ -82,14 +82,14 @@ struct Side {
   Real anchor, inverse_temperature, log_z, sum;  // ΣG of the student, ΣH of the teacher
 };
 
-// Σ (x − anchor)·∂KD/∂(x/τ) of both rows, added to sums.
+// What a block adds to the sums of both rows.
 template <class D, class Real>
 KD_TARGET __attribute__((noinline)) void add_products(const Real* s, const Real* t, int64_t n,
                                                       Side<Real> student, Side<Real> teacher,
                                                       Weights<Real> weights, Real factor,
-                                                      double* sums) {
-  double of_student = 0, of_teacher = 0;
-#pragma omp simd reduction(+ : of_student, of_teacher)
+                                                      Products<double>* sums) {
+  double product_s = 0, product_t = 0, all_s = 0, all_t = 0, mean_s = 0, mean_t = 0;
+#pragma omp simd reduction(+ : product_s, product_t, all_s, all_t, mean_s, mean_t)
   for (int64_t i = 0; i < n; ++i) {
     Real x = s[i] - student.anchor, y = t[i] - teacher.anchor;
     Real a = x * student.inverse_temperature - student.log_z;
@@ -97,11 +97,16 @@ KD_TARGET __attribute__((noinline)) void add_products(const Real* s, const Real*
     Real p = exp(a), q = exp(b);
     Real e = D::mixes ? expm1_nonpositive(-absolute(a - b)) : Real(0);
     Term<Real> term = D::term(a, b, p, q, e, weights);
-    of_student += static_cast<double>(times(factor * term.g - p * student.sum, x));
-    of_teacher += static_cast<double>(times(factor * term.h - q * teacher.sum, y));
+    Real by_s = factor * term.g - p * student.sum, by_t = factor * term.h - q * teacher.sum;
+    product_s += static_cast<double>(times(by_s, x));
+    product_t += static_cast<double>(times(by_t, y));
+    all_s += static_cast<double>(by_s);
+    all_t += static_cast<double>(by_t);
+    mean_s += static_cast<double>(times(p, x));
+    mean_t += static_cast<double>(times(q, y));
   }
-  sums[0] += of_student;
-  sums[1] += of_teacher;
+  sums[0].add(product_s, all_s, mean_s);
+  sums[1].add(product_t, all_t, mean_t);
 }
 
 template <class Real>
@@ -136,7 +141,7 @@ template <class Real>
 void temperature_sums(const Problem<Real>& p, Real* out, int64_t begin, int64_t end) {
   Real buffer_s[kBlock], buffer_t[kBlock];
   for (int64_t i = begin; i < end; ++i) {
-    double sums[2] = {0, 0};
+    Products<double> sums[2];
     Real kd = 0;
     if (p.line(kKdScale, i) != 0) {
       LineSums<Real> row = line_sums(p, i);
@@ -155,8 +160,8 @@ void temperature_sums(const Problem<Real>& p, Real* out, int64_t begin, int64_t 
         kd = times(row.weights.first, binary.kl) + times(row.weights.second, row.kd);
         Real by_label = row.weights.first * binary.odds_gradient;
         of_t.sum = row.weights.second * row.kd + by_label;
-        sums[0] = times(row.sum_g, x);
-        sums[1] = times(by_label, y);
+        sums[0].add(times(row.sum_g, x), row.sum_g, 0);
+        sums[1].add(times(by_label, y), by_label, 0);
       }
       auto products = products_of<Real>(row.effective);
       over_blocks(p.vocab, [&](int64_t start, int64_t n) {
@@ -164,8 +169,8 @@ void temperature_sums(const Problem<Real>& p, Real* out, int64_t begin, int64_t 
                  of_t, row.weights, row.factor, sums);
       });
     }
-    out[i] = static_cast<Real>(sums[0]);
-    out[p.n + i] = static_cast<Real>(sums[1]);
+    out[i] = static_cast<Real>(sums[0].centred());
+    out[p.n + i] = static_cast<Real>(sums[1].centred());
     out[2 * p.n + i] = kd;
   }
 }

@@ -5,6 +5,20 @@
 
 namespace kd::logit_rows {
 
+// Σ x·d, Σ d and Σ p·x of a row's derivatives d and probabilities p. As Σ d = 0, the first is the
+// same with any number subtracted from x: the mean, which cancels what a rounded log-sum-exp does
+// to every p.
+template <class Sum>
+struct Products {
+  Sum product = 0, all = 0, mean = 0;
+  KD_INLINE void add(Sum x_d, Sum d, Sum p_x) {
+    product += x_d;
+    all += d;
+    mean += p_x;
+  }
+  KD_INLINE Sum centred() const { return product - times(all, mean); }
+};
+
 template <class Real>
 struct LineSums {
   Divergence effective;

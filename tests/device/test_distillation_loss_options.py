@@ -121,7 +121,11 @@ def test_the_whole_of_it(triton_runs):
     for got, want in zip(*results, strict=True):
         unit = 2**-7 if got.dtype == torch.bfloat16 else 2e-6
         error = (got.double() - want.double()).abs().max()
-        assert error <= unit * want.abs().max()
+        # T²'s part of the temperature's gradient, which cancels, is of the loss's size.
+        size = (
+            torch.maximum(want.abs().max(), results[1][0]) if want.dim() == 0 else want.abs().max()
+        )
+        assert error <= unit * size
 
 
 def test_a_center(triton_runs):

@@ -83,9 +83,9 @@ def compare(name, student, teacher, backend, *, atol=0.0, **options):
     )
     what = ("loss", "student", "temperature", "teacher", "teacher_temperature")
     for of, ours, exact, theirs in zip(what, got, truth, eager, strict=False):
-        # Of the largest numbers whose difference a gradient is: T²'s part of a temperature's and q·D
-        # in the teacher's are of the loss's size. 16 units: the fused op alone is held to 4 in its
-        # own tests.
+        # Of the largest numbers whose difference a gradient is: T²'s part of a temperature's and
+        # q·D in the teacher's are of the loss's size. 16 units: the fused op alone is held to 4 in
+        # its own tests.
         size = exact.abs().max()
         if of not in ("loss", "student"):
             size = torch.maximum(size, (upstream * truth[0]).abs().max())
@@ -206,6 +206,23 @@ def test_a_temperature_alone(backend):
         kdkernels.distillation_loss(student, teacher, temperature=x) for x in (2 + 1e-5, 2 - 1e-5)
     )
     torch.testing.assert_close(grad.double(), (above - below) / 2e-5, rtol=1e-5, atol=0)
+
+
+def test_a_temperature_keeps_its_digits(backend):
+    """Over many columns T²'s part and the divergence's cancel, and a log-sum-exp rounded by 6e-7
+    shifts every probability: eager float32 is wrong by 2e-4 here, sums from the maximum by 5e-5.
+    """
+    student, teacher = pair(2, 65536, scale=2.0)
+
+    def gradient(function, dtype, **options):
+        tau = torch.tensor(2.0, dtype=dtype, requires_grad=True)
+        value = function(student.to(dtype), teacher.to(dtype), temperature=tau, **options).sum()
+        return torch.autograd.grad(value, tau)[0].double()
+
+    exact = gradient(options_oracle.loss, torch.float64)
+    eager = gradient(options_oracle.loss, torch.float32)
+    got = gradient(kdkernels.distillation_loss, torch.float32, reduction="sum", backend=backend)
+    assert (got - exact).abs() < 2e-5 * exact.abs() < (eager - exact).abs()
 
 
 # masks -------------------------------------------------------------------------------------------
@@ -441,8 +458,8 @@ def test_head_and_tail(columns, levels, seed, dtype):
         torch.testing.assert_close(got[clear], want[clear], rtol=1e-5, atol=1e-6)
 
 
-# From the definition, by hand: (0.4, 0.3, 0.2, 0.1) has head {0}, as 0.7 > ½, and (0.8, 0.2) too; of
-# four equal ones the first two fit exactly.
+# From the definition, by hand: (0.4, 0.3, 0.2, 0.1) has head {0}, as 0.7 > ½, and (0.8, 0.2) too;
+# of four equal ones the first two fit exactly.
 @pytest.mark.parametrize(
     "q, p, share",
     [

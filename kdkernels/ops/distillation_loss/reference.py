@@ -402,8 +402,9 @@ def temperature_sums(
 ) -> Tensor:
     """(3, N): Σ s·∂KD/∂(s/τs), Σ t·∂KD/∂(t/τt) and KD itself, before T²; 0 where KD is masked.
 
-    KD depends on τs through s/τs alone: ∂KD/∂τs is minus the first over τs². Either sum is the same
-    with any number subtracted from the row's logits: the maximum is.
+    KD depends on τs through s/τs alone: ∂KD/∂τs is minus the first over τs². The derivatives of a
+    row add up to 0, so the sums are the same with any number subtracted from its logits: their mean
+    under its softmax, which also cancels what a rounded log-sum-exp does to every probability.
     """
     line = dict(zip(ROWS, rows, strict=False))
     counts = line["kd_scale"][:, None] != 0
@@ -414,10 +415,15 @@ def temperature_sums(
     kd = line["divergence"]
     if divergence == "dkd":
         kd = line["second"] * kd + line["first"] * binary_kl(row)
+
+    def products(x: Tensor, largest: Tensor, prob: Tensor, by: Tensor) -> Tensor:
+        x = x - largest[:, None]
+        return zero_wins(by, x - zero_wins(prob, x).sum(1, keepdim=True)).sum(1)
+
     sums = torch.stack(
         [
-            zero_wins(by_s, s - row.student_max[:, None]).sum(1),
-            zero_wins(by_t, t - row.teacher_max[:, None]).sum(1),
+            products(s, row.student_max, row.p, by_s),
+            products(t, row.teacher_max, row.q, by_t),
             kd,
         ]
     )

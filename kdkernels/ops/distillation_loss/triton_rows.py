@@ -115,6 +115,10 @@ def _temperature_sums(
     label = tl.full((), -1, tl.int64)
     of_student = tl.zeros((BLOCK,), tl.float32)
     of_teacher = tl.zeros((BLOCK,), tl.float32)
+    all_student = tl.zeros((BLOCK,), tl.float32)  # Σ of the derivatives, exactly 0
+    all_teacher = tl.zeros((BLOCK,), tl.float32)
+    mean_student = tl.zeros((BLOCK,), tl.float32)
+    mean_teacher = tl.zeros((BLOCK,), tl.float32)
     if EXCLUDES:
         label = tl.load(labels + i)
         is_column = (label >= 0) & (label < vocab)
@@ -136,6 +140,8 @@ def _temperature_sums(
         at_first = tl.arange(0, BLOCK) == 0
         of_student += tl.where(at_first, times(sum_g, at_s), 0.0)
         of_teacher += tl.where(at_first, times(by_label, at_t), 0.0)
+        all_student += tl.where(at_first, sum_g, 0.0)
+        all_teacher += tl.where(at_first, by_label, 0.0)
     for start in range(0, vocab, BLOCK):
         column, here, s = load_tile(s_row, start, vocab, float("-inf"), BLOCK)
         _, _, t = load_tile(t_row, start, vocab, float("-inf"), BLOCK)
@@ -149,10 +155,20 @@ def _temperature_sums(
         b = tl.fma(y, ct, -teacher_log_z * LOG2_E)
         p, q, e = probabilities(a, b, MIXES)
         _, g, h = TERM(a, b, p, q, e, first, second, log_b, HARDWARE)
-        of_student += tl.where(here, times(factor * g - p * sum_g, x), 0.0)
-        of_teacher += tl.where(here, times(factor * h - q * sum_h, y), 0.0)
-    tl.store(out + i, tl.sum(of_student, 0))
-    tl.store(out + n + i, tl.sum(of_teacher, 0))
+        by_s = tl.where(here, factor * g - p * sum_g, 0.0)
+        by_t = tl.where(here, factor * h - q * sum_h, 0.0)
+        of_student += times(by_s, x)
+        of_teacher += times(by_t, y)
+        all_student += by_s
+        all_teacher += by_t
+        mean_student += times(p, x)
+        mean_teacher += times(q, y)
+    # Less the mean of the logits, which changes nothing but what a rounded log-sum-exp does to all
+    # probabilities.
+    by_mean_s = times(tl.sum(all_student, 0), tl.sum(mean_student, 0))
+    by_mean_t = times(tl.sum(all_teacher, 0), tl.sum(mean_teacher, 0))
+    tl.store(out + i, tl.sum(of_student, 0) - by_mean_s)
+    tl.store(out + n + i, tl.sum(of_teacher, 0) - by_mean_t)
     tl.store(out + 2 * n + i, kd)
 
 
