@@ -3,8 +3,11 @@
 // kdkernels/ops/distillation_loss/__init__.py.
 #pragma once
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../tensors.h"
@@ -27,6 +30,19 @@ inline Reduction reduction_named(const std::string& name) {
   if (name == "none") return Reduction::none;
   STD_TORCH_CHECK(name == "mean", "kdkernels: reduction '", name, "' is unknown");
   return Reduction::mean;
+}
+
+inline void check_labels(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t vocab) {
+  int64_t bad = labels ? find_bad_label(labels, n, ignore_index, vocab) : -1;
+  if (bad < 0) return;
+  std::ostringstream text;  // the text of label_error() in Python
+  text << "labels[" << bad << "] is " << labels[bad] << "; accepted: 0 to " << vocab - 1
+       << ", or ignore_index " << ignore_index;
+  throw std::runtime_error(text.str());
+}
+
+inline bool is_double(const Tensor& student, const Tensor& teacher) {
+  return dtype_of(student) == Dtype::float64 || dtype_of(teacher) == Dtype::float64;
 }
 
 // Everything of a problem that forward and backward share.
@@ -175,8 +191,13 @@ Problem<Real> backward_of(const Tensor& grad_loss, const Tensor& student, const 
         temperature_tensor, teacher_temperature, teacher_temperature_tensor, kd_weight,         \
         kd_weight_tensor, ce_weight, ce_weight_tensor, z_loss_weight, z_loss_weight_tensor,     \
         normalizer, normalizer_tensor, t_squared, label_smoothing, ignore_index, mask_kd,       \
-        vocab_size, reduction, return_stats, teacher_center                                     \
+        vocab_size, reduction, return_stats                                                     \
   }
+
+inline Options with_center(Options options, OptionalTensor teacher_center) {
+  options.teacher_center = std::move(teacher_center);
+  return options;
+}
 
 // The ops. forward(student, teacher, Options, student_grad, teacher_grad) gives (loss, rows) and
 // fills the gradients that are not null; backward takes what backward_of takes and fills likewise.
@@ -184,7 +205,7 @@ Problem<Real> backward_of(const Tensor& grad_loss, const Tensor& student, const 
 template <auto& forward>
 std::tuple<Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, KD_OPTIONS,
                                              OptionalTensor teacher_center) {
-  return forward(student, teacher, KD_TAKE_OPTIONS, nullptr, nullptr);
+  return forward(student, teacher, with_center(KD_TAKE_OPTIONS, teacher_center), nullptr, nullptr);
 }
 
 inline Tensor empty_gradient(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
@@ -194,7 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss_and_grad(
     Tensor student, Tensor teacher, KD_OPTIONS, bool teacher_grad, OptionalTensor teacher_center) {
   Tensor gs = fresh_like(student),
          gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
-  auto [loss, rows] = forward(student, teacher, KD_TAKE_OPTIONS, &gs, teacher_grad ? &gt : nullptr);
+  auto [loss, rows] = forward(student, teacher, with_center(KD_TAKE_OPTIONS, teacher_center), &gs,
+                              teacher_grad ? &gt : nullptr);
   return {loss, rows, gs, gt};
 }
 
@@ -203,8 +225,21 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss_and_grad_(Tensor student, T
                                                                KD_OPTIONS, bool teacher_grad,
                                                                OptionalTensor teacher_center) {
   Tensor gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
+  auto [loss, rows] = forward(student, teacher, with_center(KD_TAKE_OPTIONS, teacher_center),
+                              &student, teacher_grad ? &gt : nullptr);
+  return {loss, rows, gt};
+}
+
+template <auto& forward>
+std::tuple<Tensor, Tensor, Tensor> distillation_loss_and_grad_into(Tensor student, Tensor teacher,
+                                                                   KD_OPTIONS, bool teacher_grad,
+                                                                   Tensor grad) {
+  STD_TORCH_CHECK(
+      grad.dim() == 2 && grad.size(0) == student.size(0) && grad.size(1) == student.size(1),
+      "kdkernels: grad must have the student's rows and columns");
+  Tensor gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
   auto [loss, rows] =
-      forward(student, teacher, KD_TAKE_OPTIONS, &student, teacher_grad ? &gt : nullptr);
+      forward(student, teacher, KD_TAKE_OPTIONS, &grad, teacher_grad ? &gt : nullptr);
   return {loss, rows, gt};
 }
 

@@ -36,7 +36,9 @@ from . import ops, reference
 from .center import TeacherCenter as TeacherCenter
 from .ops import OPTION_NAMES as OPTION_NAMES
 from .ops import OPTIONS as OPTIONS
+from .ops import call_rows as call_rows
 
+_PLACE = ops.PLACE
 REDUCTIONS = ("batchmean", "sum", "none", "mean")
 
 
@@ -318,9 +320,12 @@ def _prepare(
     standardize: bool = False,
     teacher_center: Tensor | None = None,
     backend: str | None = None,
+    fused_only: bool = False,
     **options: Any,
 ) -> _Call:
-    """Checks every argument and turns it into what the ops take."""
+    """Checks every argument and turns it into what the ops take. ``fused_only``: refuse what is
+    made of several ops, a temperature's gradient included.
+    """
     _check_logits(student_logits, teacher_logits, options.get("vocab_size"))
     chosen, why = _backend.choose(
         backend, student_logits.device, (student_logits.dtype, teacher_logits.dtype)
@@ -329,11 +334,11 @@ def _prepare(
     leading, columns = student_logits.shape[:-1], student_logits.shape[-1]
     check_flags(teacher_grad=teacher_grad, inplace=inplace)
     compute = reference.compute_dtype(student_logits, teacher_logits)
-    temperatures = _take_temperatures(options, compute)
+    temperatures = (None, None) if fused_only else _take_temperatures(options, compute)
     row = row_options(
-        labels, leading, columns, student_logits.device, compute, **options, fused_only=False
+        labels, leading, columns, student_logits.device, compute, **options, fused_only=fused_only
     )
-    divergence = row[ops.PLACE["divergence"]]
+    divergence = row[_PLACE["divergence"]]
     extras = _extras(standardize, teacher_center, divergence, teacher_logits, compute)
     if inplace and standardize:
         raise ValueError(
@@ -353,7 +358,7 @@ def _prepare(
     if inplace:
         _check_inplace(student_logits, student, teacher)
     if chosen == "reference":
-        check_labels(*(row[ops.PLACE[name]] for name in ("labels", "ignore_index", "vocab_size")))
+        check_labels(*(row[_PLACE[name]] for name in ("labels", "ignore_index", "vocab_size")))
     return _Call(student, teacher, chosen, temperatures, row, extras, leading, teacher_grad)
 
 
