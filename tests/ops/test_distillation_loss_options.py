@@ -603,7 +603,7 @@ def test_what_cannot_give_a_temperature_its_gradient_says_so():
         assert not kdkernels.distillation_loss(student, teacher, temperature=GRAD).requires_grad
 
 
-def test_linear_distillation_loss_refuses_by_name():
+def test_fused_heads_and_features_refuse_by_name():
     hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
     for options, words in (
         (dict(standardize=True), "standardize"),
@@ -614,6 +614,8 @@ def test_linear_distillation_loss_refuses_by_name():
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             kdkernels.linear_distillation_loss(hidden, weight, hidden, weight, **options)
+        with pytest.raises((TypeError, ValueError), match=words):
+            kdkernels.joint_distillation_loss(weight, weight, None, weight, weight, **options)
 
 
 # TeacherCenter -----------------------------------------------------------------------------------
