@@ -10,6 +10,12 @@ from .ops.distillation_loss import (
 )
 from .ops.kl_div import KLDivLoss, kl_div
 from .ops.linear_distillation_loss import LinearDistillationLoss, linear_distillation_loss
+from .ops.similarity_loss import (
+    SimilarityLoss,
+    prototype_posterior,
+    prototypes,
+    similarity_loss,
+)
 from .ops.softmax import LogSoftmax, Softmax, log_softmax, softmax
 
 __version__ = "0.1.0"
@@ -20,6 +26,7 @@ __all__ = [
     "KLDivLoss",
     "LinearDistillationLoss",
     "LogSoftmax",
+    "SimilarityLoss",
     "Softmax",
     "distillation_loss",
     "distillation_loss_and_grad",
@@ -28,5 +35,8 @@ __all__ = [
     "kl_div",
     "linear_distillation_loss",
     "log_softmax",
+    "prototype_posterior",
+    "prototypes",
+    "similarity_loss",
     "softmax",
 ]

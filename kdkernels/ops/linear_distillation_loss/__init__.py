@@ -50,10 +50,6 @@ SCHEMAS = {
     "scaled": "(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor",
 }
 _backend.define(SCHEMAS, reference)
-# Its loop runs once a chunk, which a fake tensor's symbolic N cannot.
-torch.library.register_fake("kdkernels::linear_distillation_loss")(
-    reference.linear_distillation_loss_fake
-)
 
 # Bytes of the buffers that the chunks go through, where nobody says. Time over the matrix products
 # alone at V = 49152, Hs = Ht = 576, N = 1024 with chunks of 64, 128, 256 and 512 rows: float32
