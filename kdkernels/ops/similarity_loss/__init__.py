@@ -27,10 +27,10 @@ for rbf the row's second term vanishes and ‖a‖² is never needed.
 features far from 0 lose the distances between them (bfloat16 features at mean 30, σ 0.1: off by
 0.7). Kernels of a distance do not change when everything moves, so the loss does not depend on μ,
 its gradient Σ_i ∂L/∂a_i + Σ_j ∂L/∂b_j is 0, and nothing is propagated through it. For the others μ
-matters: (a − μ)·(b − μ) = (a − μ)·b − (a − μ)·μ, whose second part is the same for all keys, so that
-``dot`` sees μ through a alone, ∂L/∂μ = −Σ_i ∂L/∂a_i, and ``cosine`` and ``pkt`` through both. There
-autograd carries the gradient on to the keys. Of the keys, because then a row's loss does not depend
-on the rows beside it.
+matters: (a − μ)·(b − μ) = (a − μ)·b − (a − μ)·μ, whose second part is the same for all keys, so
+that ``dot`` sees μ through a alone, ∂L/∂μ = −Σ_i ∂L/∂a_i, and ``cosine`` and ``pkt`` through both.
+There autograd carries the gradient on to the keys. Of the keys, because then a row's loss does not
+depend on the rows beside it.
 
 ``reference.py`` is the same in plain torch, ``triton_kernels.py`` in Triton, csrc/similarity_loss
 in C++.
@@ -128,10 +128,10 @@ def similarity_loss(
         RuntimeError: a backend that cannot serve the call.
         NotImplementedError: double backward.
 
-    The teacher's features get no gradient. Gradients in the student's features grow with 2γ/T (rbf):
-    nothing is multiplied by T². Distances are squared throughout (no square root, whose gradient is
-    infinite at 0). cosines are of vectors not shorter than 1e-12; ``pkt`` is constant where
-    (1 + cos)/2 is below rounding.
+    The teacher's features get no gradient. Gradients in the student's features grow with 2γ/T
+    (rbf): nothing is multiplied by T². Distances are squared throughout (no square root, whose
+    gradient is infinite at 0). Cosines are of vectors not shorter than 1e-12; ``pkt`` is constant
+    where (1 + cos)/2 is below rounding.
 
     ``rbf_softmax`` is the posterior π(c | ẑ) over class prototypes c of the classic formulation,
     with its sign mended. The literal form is exp(−γ e^(‖c − ẑ‖²/T)) / Σ_c̃ exp(−γ e^(‖c̃ − ẑ‖²/T)),
@@ -140,7 +140,7 @@ def similarity_loss(
     signs turned, exp(+γ e^(−‖·‖²/T)), nothing can. Both are monotone in the distance and agree to
     first order in ‖·‖²/T.
 
-    Memory: nothing of size N×M in forward or backward, but the scores of 64 rows (CPU) or one tile
+    Memory: nothing of size N×M in forward or backward, but 8 MiB or 64 rows of it (CPU) or one tile
     (Triton). A scalar loss computes its gradients in the forward, with one product each, and keeps
     them in float32; ``reduction="none"`` repeats the forward's products in the backward. A row's
     loss is bitwise the same whatever rows are beside it (given the keys) and on any number of
@@ -179,8 +179,8 @@ _KEYWORDS = [*inspect.signature(similarity_loss).parameters][4:]
 class SimilarityLoss(nn.Module):
     """``similarity_loss`` with its options stored; see there for every one of them.
 
-    ``SimilarityLoss(kernel="pkt")(student, teacher)``. Options given to the call (an adaptive gamma,
-    the row_weights of one batch) take the place of stored ones.
+    ``SimilarityLoss(kernel="pkt")(student, teacher)``. Options given to the call (an adaptive
+    gamma, the row_weights of one batch) take the place of stored ones.
     """
 
     def __init__(self, **options: Any):
@@ -251,9 +251,9 @@ def prototypes(features: Tensor, labels: Tensor, num_classes: int | None = None)
             "or a negative number for no class"
         )
     # One class more, of the rows that belong to none, and dropped.
-    place = torch.where(labels < 0, num_classes, labels)
-    sums = rows.new_zeros(num_classes + 1, rows.shape[1]).index_add(0, place, rows)
-    counts = rows.new_zeros(num_classes + 1).index_add(0, place, rows.new_ones(len(rows)))
+    classes = torch.where(labels < 0, num_classes, labels)
+    sums = rows.new_zeros(num_classes + 1, rows.shape[1]).index_add(0, classes, rows)
+    counts = rows.new_zeros(num_classes + 1).index_add(0, classes, rows.new_ones(len(rows)))
     counts = counts[:num_classes]
     if on_host and bool((counts == 0).any()):
         empty = (counts == 0).nonzero().reshape(-1)
@@ -370,8 +370,8 @@ def _prepare(
         _check_keys("teacher_keys", teacher_keys, "teacher", teacher)
         if student_keys.shape[:-1] != teacher_keys.shape[:-1]:
             raise ValueError(
-                f"teacher_keys has shape {tuple(teacher_keys.shape)}; accepted: student_keys' keys, "
-                f"{tuple(student_keys.shape[:-1])} + (Dt,)"
+                f"teacher_keys has shape {tuple(teacher_keys.shape)}; accepted: as many keys as "
+                f"student_keys, {tuple(student_keys.shape[:-1])} + (Dt,)"
             )
     for name, x in (("teacher", teacher), ("student_keys", student_keys)):
         if x.device != device:

@@ -17,9 +17,7 @@ def similarity_loss(
     student: Tensor, student_keys: Tensor, teacher: Tensor, teacher_keys: Tensor, *options
 ) -> Tensor:
     """The loss for the schema in this folder's __init__.py."""
-    return _run(
-        student, student_keys, teacher, teacher_keys, *options, wanted=(False, False, False, False)
-    )[0]
+    return _run(None, student, student_keys, teacher, teacher_keys, *options)[0]
 
 
 def similarity_loss_and_grad(
@@ -30,7 +28,7 @@ def similarity_loss_and_grad(
     """
     *options, student_grad, keys_grad, parameter_grads, teacher_parameter_grads = args
     wanted = (student_grad, keys_grad, parameter_grads, teacher_parameter_grads)
-    return _run(student, student_keys, teacher, teacher_keys, *options, wanted=wanted)
+    return _run(wanted, student, student_keys, teacher, teacher_keys, *options)
 
 
 def similarity_loss_fake(student: Tensor, student_keys: Tensor, *args) -> Tensor:
@@ -110,6 +108,7 @@ class Scores:
 
 
 def _run(
+    wanted: tuple[bool, bool, bool, bool] | None,
     student: Tensor,
     student_keys: Tensor,
     teacher: Tensor,
@@ -129,10 +128,9 @@ def _run(
     second_tensor: Tensor | None,
     exclude_diagonal: bool,
     reduction: str,
-    wanted: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, m = student.shape[0], student_keys.shape[0]
-    wants_rows, wants_keys, wants_parameters, wants_teacher = wanted
+    wants_rows, wants_keys, wants_parameters, wants_teacher = wanted or (False,) * 4
     if parameters is None:
         given = (gamma, temperature, teacher_gamma, teacher_temperature)
         parameters = torch.stack([student.new_full((), value) for value in given])
@@ -159,10 +157,13 @@ def _run(
             left_out = left_out | (places[:, None] == torch.arange(m, device=s.device))
         s, t = s.masked_fill(left_out, -torch.inf), t.masked_fill(left_out, -torch.inf)
         weights = None if row_weights is None else row_weights[rows]
-        of_rows = (None, weights, divergence, first, first_tensor, second, second_tensor)
-        of_rows += (1.0, None, 1.0, None, 1.0, None, 0.0, None, 0.0, None, None, normalizer)
-        of_rows += (False, 0.0, -100, True, m, reduction, False)
-        if not any(wanted):
+        parameters_of_rows = (divergence, first, first_tensor, second, second_tensor)
+        rest = (1.0, None, 1.0, None, 1.0, None, 0.0, None, 0.0, None, None, normalizer)
+        of_rows = (
+            *(None, weights, *parameters_of_rows, *rest),
+            *(False, 0.0, -100, True, m, reduction, False),
+        )
+        if wanted is None:
             losses.append(row_reference.distillation_loss(s, t, *of_rows)[0])
             continue
         loss, _, w, teacher_w = row_reference.distillation_loss_and_grad(
