@@ -409,9 +409,10 @@ def _prepare(
         return x.reshape(-1, x.shape[-1])
 
     def prepared(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = _prepared(flat(rows), flat(keys), key_mask, kernel, center, compute, own_keys)
+        rows, keys = flat(rows), flat(keys)
         if row_weights is not None and key_mask is None:
-            a = torch.where(row_weights[:, None] != 0, a, 0.0)
+            rows = torch.where(row_weights[:, None] != 0, rows, 0.0)
+        a, b = _prepared(rows, keys, key_mask, kernel, center, compute, own_keys)
         return a.contiguous(), b.contiguous()
 
     a, b = prepared(student, student_keys)
@@ -497,7 +498,7 @@ def _scalar(
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} is a {type(value).__name__}; accepted: float or 0-d Tensor")
-        if not math.isfinite(value) or value <= 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"{name}={value}; accepted: a finite float > 0, or a 0-d Tensor")
         return float(value), None
     if not value.is_floating_point():

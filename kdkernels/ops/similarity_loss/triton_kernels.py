@@ -40,14 +40,20 @@ from ..distillation_loss.triton_kernels import (
     row_state,
 )
 
-# Rows and keys of a tile, columns of features multiplied at a time, keys of a chunk, columns of a
-# gradient that a program adds up. On paper: two tiles of scores and one of the gradient are 96
-# registers of a thread.
-TILE, STEP, CHUNK, WIDTH = 64, 32, 1024, 64
-_TILES = dict(TILE=TILE, STEP=STEP, num_warps=4, **_triton.EXACT)
-_KINDS = ("dot", "rbf", "pkt", "student_t", "rbf_softmax")
-_DISTANCES = tl.constexpr(("rbf", "student_t", "rbf_softmax"))
+# Columns of features multiplied at a time, keys of a chunk, columns of a gradient that a program
+# adds up.
+STEP, CHUNK, WIDTH = 32, 1024, 64
 _SIZES = ("n", "m", "chunks")
+
+
+def _tiles() -> dict[str, int]:
+    """Two tiles of scores and one of the gradient are in registers at once. Where tensor cores take
+    a product from shared memory (sm_90, sm_100) 64 × 64 of 8 warps fit without spills; elsewhere
+    (sm_80) they spill up to 3.6 KB a thread, and 32 × 32 of 4 warps at most 40 bytes.
+    """
+    backend, arch = _triton.target()
+    large = backend == "cuda" and arch is not None and 90 <= arch < 120
+    return dict(TILE=64, num_warps=8) if large else dict(TILE=32, num_warps=4)
 
 
 @triton.jit
@@ -340,7 +346,7 @@ def _rows(
         place = i.to(tl.int64)[:, None] * width + column[None, :]
         tl.store(grad + place, total, mask=here)
     if PARAMETERS or TEACHER_PARAMETERS:
-        here = (i < n) & (tl.program_id(1) == 0)
+        here = i < n
         size = n.to(tl.int64)
         tl.store(parameter_sums + i, by_gamma, mask=here)
         tl.store(parameter_sums + size + i, by_temperature, mask=here)
@@ -477,10 +483,12 @@ def _run(
     sizes = (n, m, width, teacher_width)
     cuda = _triton.target()[0] == "cuda"
     options = dict(
-        KERNEL=kernel, EXCLUDE=exclude_diagonal, PRECISION="tf32x3" if cuda else "ieee", **_TILES
-    )
+        KERNEL=kernel, EXCLUDE=exclude_diagonal, PRECISION="tf32x3" if cuda else "ieee", STEP=STEP,
+        **_tiles(), **_triton.EXACT,
+    )  # fmt: skip
     of_term = dict(TERM=term.function, MIXES=term.mixes, HARDWARE=_triton.hardware_log())
-    blocks, all_chunks = triton.cdiv(n, TILE), triton.next_power_of_2(chunks)
+    tile = options["TILE"]
+    blocks, all_chunks = triton.cdiv(n, tile), triton.next_power_of_2(chunks)
     with _triton.on_device(student):
         _statistics[(blocks, chunks)](
             *pairs, states, *sizes, chunks, KIND=kind, CHUNK=CHUNK, **options
@@ -494,18 +502,19 @@ def _run(
             CLASS_B=class_b, LABELLED=False, num_warps=1, **_triton.EXACT,
         )  # fmt: skip
         columns = triton.cdiv(width, WIDTH)
-        if wants_rows or by_parameters.numel():
-            parameter_sums = student.new_empty((4, n if by_parameters.numel() else 0))
-            _rows[(blocks, columns if wants_rows else 1)](
-                *pairs, by_rows, parameter_sums, *sizes, NAME=divergence, GRAD=wants_rows,
-                PARAMETERS=wants_parameters, TEACHER_PARAMETERS=wants_teacher, WIDTH=WIDTH,
-                **of_term, **options,
-            )  # fmt: skip
-            if by_parameters.numel():
-                by_parameters = parameter_sums.sum(1, dtype=torch.float64).to(torch.float32)
-        if wants_keys:
-            _keys[(triton.cdiv(m, TILE), columns)](
-                *pairs, by_keys, *sizes, NAME=divergence, WIDTH=WIDTH, **of_term, **options
+        gradient = dict(NAME=divergence, WIDTH=WIDTH, **of_term, **options)
+        nothing = dict(GRAD=False, PARAMETERS=False, TEACHER_PARAMETERS=False)
+        # Two launches: both at once spill.
+        if wants_rows:
+            _rows[(blocks, columns)](
+                *pairs, by_rows, None, *sizes, **gradient | nothing | dict(GRAD=True)
             )
+        if wants_parameters or wants_teacher:
+            parameter_sums = student.new_empty((4, n))
+            which = dict(PARAMETERS=wants_parameters, TEACHER_PARAMETERS=wants_teacher)
+            _rows[(blocks, 1)](*pairs, None, parameter_sums, *sizes, **gradient | nothing | which)
+            by_parameters = parameter_sums.sum(1, dtype=torch.float64).to(torch.float32)
+        if wants_keys:
+            _keys[(triton.cdiv(m, tile), columns)](*pairs, by_keys, *sizes, **gradient)
     loss = totals if reduction == "none" else totals.sum(dtype=torch.float64).to(torch.float32)
     return loss, by_rows, by_keys, by_parameters
