@@ -166,7 +166,11 @@ def similarity_loss(
     features = (call.student, call.student_keys, call.teacher, call.teacher_keys)
     differentiable = (call.student, call.student_keys, call.parameters)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-        loss = _Similarity.apply(*features, call.parameters, call)
+        # A compiled graph takes no tensor twice.
+        keys = (None, None) if call.student_keys is call.student else features[1::2]
+        loss = _Similarity.apply(
+            call.student, keys[0], call.teacher, keys[1], call.parameters, call
+        )
     else:
         op = _backend.implementation(call.backend, "similarity_loss", reference)
         loss = op(*features, call.row_weights, call.key_mask, call.parameters, *call.options)
@@ -552,28 +556,29 @@ def _check_rows(name: str, value: Any, leading: torch.Size, device: torch.device
 
 class _Similarity(torch.autograd.Function):
     """Keeps the gradients that the forward computed; of a loss a row, what the backward needs to
-    compute them with its upstream factors as weights.
+    compute them with its upstream factors as weights. Keys that are None are the rows.
     """
 
     @staticmethod
     def forward(ctx, student, student_keys, teacher, teacher_keys, parameters, call):
         ctx.per_row = call.options[-1] == "none"
-        wanted = [
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            ctx.needs_input_grad[4],
-            ctx.needs_input_grad[4] and call.teacher_parameter_grads,
-        ]
-        ctx.wanted, ctx.options, ctx.backend = wanted, call.options, call.backend
-        features = (student, student_keys, teacher, teacher_keys)
+        by_rows, by_keys, _, _, by_parameters, _ = ctx.needs_input_grad
+        own = student_keys is None
+        ctx.wanted = (
+            *(by_rows, by_rows if own else by_keys),
+            *(by_parameters, by_parameters and call.teacher_parameter_grads),
+        )
+        ctx.options, ctx.backend = call.options, call.backend
         rest = (call.row_weights, call.key_mask, parameters)
+        inputs = (student, student_keys, teacher, teacher_keys)
         if ctx.per_row:
             op = _backend.implementation(call.backend, "similarity_loss", reference)
-            loss = op(*features, *rest, *call.options)
-            ctx.save_for_backward(*features, *rest)
+            loss = op(*_features(inputs), *rest, *call.options)
+            ctx.save_for_backward(*inputs, *rest)
         else:
-            op = _backend.implementation(call.backend, "similarity_loss_and_grad", reference)
-            loss, *grads = op(*features, *rest, *call.options, *wanted)
+            loss, *grads = _with_grads(
+                call.backend, inputs, *rest, *call.options, wanted=ctx.wanted
+            )
             ctx.save_for_backward(student, student_keys, *grads)
         ctx.set_materialize_grads(False)
         return loss
@@ -589,13 +594,34 @@ class _Similarity(torch.autograd.Function):
                 weights = grad_loss.to(student.dtype).contiguous()
                 if row_weights is not None:  # zero wins
                     weights = torch.where(row_weights == 0, 0.0, row_weights * weights)
-                op = _backend.implementation(ctx.backend, "similarity_loss_and_grad", reference)
-                _, *grads = op(
-                    student, student_keys, teacher, teacher_keys, weights, key_mask, parameters,
-                    *ctx.options[:-1], "sum", *ctx.wanted,
+                _, *grads = _with_grads(
+                    ctx.backend, (student, student_keys, teacher, teacher_keys), weights,
+                    key_mask, parameters, *ctx.options[:-1], "sum", wanted=ctx.wanted,
                 )  # fmt: skip
             else:
-                grads = [grad * grad_loss if grad.numel() else grad for grad in saved]
+                wanted = (*ctx.wanted[:2], ctx.wanted[2] or ctx.wanted[3])
+                grads = [
+                    grad * grad_loss if needed else grad
+                    for grad, needed in zip(saved, wanted, strict=True)
+                ]
         by_student, by_keys, by_parameters = grads
         places = (by_student, by_keys, by_student, by_student, by_parameters)  # two: not wanted
-        return *no_double_backward(ctx, places, grad_loss, student, student_keys), None
+        differentiable = [x for x in (grad_loss, student, student_keys) if x is not None]
+        return *no_double_backward(ctx, places, *differentiable), None
+
+
+def _features(inputs: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student, student_keys, teacher, teacher_keys = inputs
+    if student_keys is None:
+        return student, student, teacher, teacher
+    return student, student_keys, teacher, teacher_keys
+
+
+def _with_grads(backend: str, inputs: tuple, *options: Any, wanted: tuple) -> list[Tensor]:
+    """The loss and gradients; keys that are the rows add theirs to the rows'."""
+    op = _backend.implementation(backend, "similarity_loss_and_grad", reference)
+    loss, by_student, by_keys, by_parameters = op(*_features(inputs), *options, *wanted)
+    if inputs[1] is None and wanted[0]:
+        by_student = by_student + by_keys
+        by_keys = by_keys.new_empty(0)
+    return [loss, by_student, by_keys, by_parameters]
