@@ -8,6 +8,8 @@ from .ops.distillation_loss import (
     distillation_loss_and_grad,
     explain,
 )
+from .ops.feature_loss import FeatureLoss, feature_loss
+from .ops.joint_distillation_loss import JointStats, joint_distillation_loss
 from .ops.kl_div import KLDivLoss, kl_div
 from .ops.linear_distillation_loss import LinearDistillationLoss, linear_distillation_loss
 from .ops.similarity_loss import (
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DistillationLoss",
     "DistillationStats",
+    "FeatureLoss",
+    "JointStats",
     "KLDivLoss",
     "LinearDistillationLoss",
     "LogSoftmax",
@@ -32,6 +36,8 @@ __all__ = [
     "distillation_loss_and_grad",
     "divergences",
     "explain",
+    "feature_loss",
+    "joint_distillation_loss",
     "kl_div",
     "linear_distillation_loss",
     "log_softmax",

@@ -1,5 +1,4 @@
 // distillation_loss on the CPU behind PyTorch's stable ABI: label check, scratch, threads.
-#include <sstream>
 #include <type_traits>
 
 #include "../cpu_level.h"
@@ -7,15 +6,6 @@
 
 namespace kd {
 namespace {
-
-void check_labels(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t vocab) {
-  int64_t bad = labels ? find_bad_label(labels, n, ignore_index, vocab) : -1;
-  if (bad < 0) return;
-  std::ostringstream text;  // the text of label_error() in Python
-  text << "labels[" << bad << "] is " << labels[bad] << "; accepted: 0 to " << vocab - 1
-       << ", or ignore_index " << ignore_index;
-  throw std::runtime_error(text.str());
-}
 
 template <class Real>
 std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teacher,
@@ -41,10 +31,6 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teac
     *static_cast<Real*>(loss.data_ptr()) = static_cast<Real>(sum);
   }
   return {loss, rows};
-}
-
-bool is_double(const Tensor& student, const Tensor& teacher) {
-  return dtype_of(student) == Dtype::float64 || dtype_of(teacher) == Dtype::float64;
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher,
@@ -81,9 +67,9 @@ void scale_rows_(Tensor grad, Tensor factor) {
   Tensor by = factor.is_contiguous() ? factor : torch::stable::contiguous(factor);
   torch::stable::parallel_for(0, n, grain(matrix.columns + 1), [&](int64_t begin, int64_t end) {
     if (dtype_of(by) == Dtype::float64) {
-      kernels().scale_double(matrix, reals<double>(by, "factor", n), stride, begin, end);
+      kernels().scale_double(matrix, matrix, reals<double>(by, "factor", n), stride, begin, end);
     } else {
-      kernels().scale_float(matrix, reals<float>(by, "factor", n), stride, begin, end);
+      kernels().scale_float(matrix, matrix, reals<float>(by, "factor", n), stride, begin, end);
     }
   });
 }
@@ -97,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("distillation_loss_backward", TORCH_BOX(&distillation_loss_backward<backward>));
   m.impl("distillation_loss_and_grad", TORCH_BOX(&distillation_loss_and_grad<forward>));
   m.impl("distillation_loss_and_grad_", TORCH_BOX(&distillation_loss_and_grad_<forward>));
+  m.impl("distillation_loss_and_grad_into", TORCH_BOX(&distillation_loss_and_grad_into<forward>));
   m.impl("scale_rows_", TORCH_BOX(&scale_rows_));
 }
 

@@ -63,7 +63,7 @@ def two_dimensional(x: Tensor, columns: int) -> Tensor:
 
 
 def no_double_backward(
-    ctx: Any, grads: Sequence[Tensor], *differentiable: Tensor
+    ctx: Any, grads: Sequence[Tensor | None], *differentiable: Tensor
 ) -> list[Tensor | None]:
     """The gradients that are needed, guarded where somebody would differentiate them again."""
     wanted = [
