@@ -228,7 +228,8 @@ parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--memory", action="store_true", help="peak memory too: a process each")
 parser.add_argument("--scaling", action="store_true", help="queues of up to 65536 keys instead")
 parser.add_argument("--most", type=int, default=256, help="MiB of one matrix of pairs in eager")
-parser.add_argument("--smallest", type=int, metavar="N", help="only cases of at most N pairs")
+parser.add_argument("--pairs", nargs=2, type=int, metavar="N", help="cases of N to N pairs only")
+parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants beside ours")
 parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/similarity.json"))
 parser.add_argument("--peak", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
 
@@ -243,10 +244,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.machine_line(results))
     print(f"load average before the start: {results['machine']['load_average']:.1f}", flush=True)
     for case in SCALING if options.scaling else CASES:
-        if options.smallest is not None and case.pairs > options.smallest:
+        if options.pairs and not options.pairs[0] <= case.pairs <= options.pairs[1]:
             continue
         fits = case.pairs * 4 <= options.most * MIB
-        names = [OURS, EAGER, COMPILED] if fits else [OURS]
+        names = [OURS, *(options.only or (EAGER, COMPILED))] if fits else [OURS]
         rounds = options.rounds if fits else min(options.rounds, 3)
         try:
             result = measure(case, names, rounds, options.memory)
