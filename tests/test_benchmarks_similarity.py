@@ -38,14 +38,20 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch, tmp_path):
         similarity.check(TINY[0], similarity.OURS)
     monkeypatch.setattr(similarity, "CASES", TINY)
     out = tmp_path / "similarity.json"
-    assert similarity.main(["--only", "eager", "--rounds", "1", "--out", str(out)]) == 1
+    assert (
+        similarity.main(["--only", "eager", "--rounds", "1", "--threads", "1", "--out", str(out)])
+        == 1
+    )
     assert len(json.loads(out.read_text())["failed"]) == 2
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(similarity, "CASES", TINY)
     out = tmp_path / "similarity.json"
-    assert similarity.main(["--only", "eager", "--rounds", "1", "--out", str(out)]) == 0
+    assert (
+        similarity.main(["--only", "eager", "--rounds", "1", "--threads", "1", "--out", str(out)])
+        == 0
+    )
     cases = json.loads(out.read_text())["cases"]
     assert [case["case"] for case in cases] == [case.name for case in TINY]
     assert all(x["operations"] > 5 for case in cases for x in case["contestants"].values())
