@@ -8,7 +8,7 @@ from .ops.distillation_loss import (
     distillation_loss_and_grad,
     explain,
 )
-from .ops.feature_loss import feature_loss
+from .ops.feature_loss import FeatureLoss, feature_loss
 from .ops.joint_distillation_loss import JointStats, joint_distillation_loss
 from .ops.kl_div import KLDivLoss, kl_div
 from .ops.linear_distillation_loss import LinearDistillationLoss, linear_distillation_loss
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DistillationLoss",
     "DistillationStats",
+    "FeatureLoss",
     "JointStats",
     "KLDivLoss",
     "LinearDistillationLoss",

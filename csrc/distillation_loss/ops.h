@@ -3,6 +3,8 @@
 // kdkernels/ops/distillation_loss/__init__.py.
 #pragma once
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -27,6 +29,19 @@ inline Reduction reduction_named(const std::string& name) {
   if (name == "none") return Reduction::none;
   STD_TORCH_CHECK(name == "mean", "kdkernels: reduction '", name, "' is unknown");
   return Reduction::mean;
+}
+
+inline void check_labels(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t vocab) {
+  int64_t bad = labels ? find_bad_label(labels, n, ignore_index, vocab) : -1;
+  if (bad < 0) return;
+  std::ostringstream text;  // the text of label_error() in Python
+  text << "labels[" << bad << "] is " << labels[bad] << "; accepted: 0 to " << vocab - 1
+       << ", or ignore_index " << ignore_index;
+  throw std::runtime_error(text.str());
+}
+
+inline bool is_double(const Tensor& student, const Tensor& teacher) {
+  return dtype_of(student) == Dtype::float64 || dtype_of(teacher) == Dtype::float64;
 }
 
 // Everything of a problem that forward and backward share.

@@ -1,5 +1,4 @@
 // distillation_loss on the CPU behind PyTorch's stable ABI: label check, scratch, threads.
-#include <sstream>
 #include <type_traits>
 
 #include "../cpu_level.h"
@@ -7,15 +6,6 @@
 
 namespace kd {
 namespace {
-
-void check_labels(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t vocab) {
-  int64_t bad = labels ? find_bad_label(labels, n, ignore_index, vocab) : -1;
-  if (bad < 0) return;
-  std::ostringstream text;  // the text of label_error() in Python
-  text << "labels[" << bad << "] is " << labels[bad] << "; accepted: 0 to " << vocab - 1
-       << ", or ignore_index " << ignore_index;
-  throw std::runtime_error(text.str());
-}
 
 template <class Real>
 std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teacher,
@@ -41,10 +31,6 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teac
     *static_cast<Real*>(loss.data_ptr()) = static_cast<Real>(sum);
   }
   return {loss, rows};
-}
-
-bool is_double(const Tensor& student, const Tensor& teacher) {
-  return dtype_of(student) == Dtype::float64 || dtype_of(teacher) == Dtype::float64;
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher,

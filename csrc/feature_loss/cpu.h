@@ -44,7 +44,12 @@ class Work {
       bool gaussian = problem_.metric == Metric::gaussian_nll;
       STD_TORCH_CHECK(gaussian == a.log_variances[i].has_value(),
                       "kdkernels: log_variance is of gaussian_nll, for every layer");
-      layer.divisor = divisor_of(layer, problem_.metric, reduction_, a.students[i].size(a.dims[i]));
+      int64_t positions = 1;
+      for (int64_t k = 1; k < a.students[i].dim(); ++k) {
+        positions *= k == a.dims[i] ? 1 : a.students[i].size(k);
+      }
+      layer.divisor =
+          divisor_of(layer, problem_.metric, reduction_, positions, a.students[i].size(a.dims[i]));
       double weight = weights ? static_cast<double>(weights[i]) : a.weights[i];
       layer.scale = static_cast<Real>(weight / layer.divisor);
       layer.first_unit = units;

@@ -250,7 +250,6 @@ class PieceKernel {
   PieceKernel(const Problem<Real>& problem, const Layer<Real>& layer)
       : p_(problem), layer_(layer), along_channels_(layer.student.strides.channel == 1) {
     whole_ = p_.metric == Metric::attention;
-    unit_ = p_.normalize || p_.metric == Metric::cosine;
     int64_t line = along_channels_ && !whole_ ? kBlock : layer.piece_positions;
     if (whole_) line = layer.inner > kBlock ? layer.inner : kBlock;
     int64_t positions = whole_ ? layer.positions() : layer.piece_positions;
@@ -633,7 +632,7 @@ class PieceKernel {
   const Problem<Real>& p_;
   const Layer<Real>& layer_;
   const bool along_channels_;
-  bool whole_, unit_;
+  bool whole_;
   Real *s_, *t_, *out_;                                         // a line each
   Real *weights_, *inverse_s_, *inverse_t_, *dots_, *factors_;  // one a position
   double *square_s_, *square_t_, *value_, *dot_;                // one a position

@@ -8,13 +8,14 @@ extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 const Kernels& kernels() { return KD_AT_CPU_LEVEL(kernels); }
 
 template <class Real>
-double divisor_of(const Layer<Real>& layer, Metric metric, Reduction reduction, int64_t channels) {
+double divisor_of(const Layer<Real>& layer, Metric metric, Reduction reduction, int64_t positions,
+                  int64_t channels) {
   if (reduction == Reduction::sum || reduction == Reduction::none) return 1;
   bool of_samples = metric == Metric::attention && reduction == Reduction::batchmean;
   double divisor = 0;
   if (layer.mask == nullptr) {
     divisor = static_cast<double>(layer.samples) *
-              static_cast<double>(of_samples ? layer.positions() > 0 : layer.positions());
+              static_cast<double>(of_samples ? positions > 0 : positions);
   } else {
     for (int64_t sample = 0; sample < layer.samples; ++sample) {
       double sum = 0;
@@ -61,8 +62,8 @@ void divide(Layer<Real>& layer, Metric metric, bool normalize, int64_t& pieces) 
   pieces += layer.pieces;
 }
 
-template double divisor_of(const Layer<float>&, Metric, Reduction, int64_t);
-template double divisor_of(const Layer<double>&, Metric, Reduction, int64_t);
+template double divisor_of(const Layer<float>&, Metric, Reduction, int64_t, int64_t);
+template double divisor_of(const Layer<double>&, Metric, Reduction, int64_t, int64_t);
 template void divide(Layer<float>&, Metric, bool, int64_t&);
 template void divide(Layer<double>&, Metric, bool, int64_t&);
 

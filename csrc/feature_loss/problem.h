@@ -79,9 +79,10 @@ struct Problem {
   }
 };
 
-// Sums of the mask weights that a layer's divisor is made of.
+// What a layer's sum is divided by, from its mask and its sizes before any merging.
 template <class Real>
-double divisor_of(const Layer<Real>& layer, Metric metric, Reduction reduction, int64_t channels);
+double divisor_of(const Layer<Real>& layer, Metric metric, Reduction reduction, int64_t positions,
+                  int64_t channels);
 
 // Fills piece_positions … piece_cost; the number of pieces so far goes in and out.
 template <class Real>

@@ -18,6 +18,7 @@ The gradient is written where the features are read: one read of each, one write
 is the same in plain torch, csrc/feature_loss in C++.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _backend
-from .._common import check_floats, no_double_backward
+from .._common import check_floats, check_names, no_double_backward
 from . import reference
 
 # What the ops take of features. One entry a layer in every list; no list is longer or shorter.
@@ -122,10 +123,17 @@ def feature_loss(
     backwards, ``reduction="none"`` and compiled graphs read the features again. Every sample is
     computed alone and in a fixed order, on any number of threads.
     """
-    features = list_of("student", student), list_of("teacher", teacher)
+    students, teachers = list_of("student", student), list_of("teacher", teacher)
+    projectors = per_layer_projectors(projector, len(students))
+    weighted = [i for i, entry in enumerate(projectors) if isinstance(entry, Tensor)]
+    inputs = project(students, projectors)
+    for i in weighted:
+        inputs[i] = _stand_in(
+            i, students[i], projectors[i], _per_layer("feature_dim", feature_dim, len(students))[i]
+        )
     call = prepare(
-        project(features[0], projector),
-        features[1],
+        inputs,
+        teachers,
         metric=metric,
         mask=mask,
         weights=weights,
@@ -136,13 +144,98 @@ def feature_loss(
         reduction=reduction,
         backend=backend,
     )
-    if torch.is_grad_enabled() and call.needs_grad():
-        loss, parts = _FeatureLoss.apply(call.backend, call.config, *call.tensors)
+    if weighted:
+        loss, parts = _with_projections(call, students, projectors, weighted)
     else:
-        loss, parts, _ = run(call, None, [False] * (2 * call.layers))
+        loss, parts = _loss(call)
     if reduction == "none" and isinstance(student, Tensor):
         loss = loss[0]
     return (loss, parts.detach()) if return_parts else loss
+
+
+_KEYWORDS = [*inspect.signature(feature_loss).parameters][2:]
+
+
+class FeatureLoss(nn.Module):
+    """``feature_loss`` with its options stored, and what it learns: the log-variances of
+    ``"gaussian_nll"`` and the projectors are the module's, so that they are in ``parameters()``
+    (give these to the optimizer too) and in ``state_dict()``.
+
+    Args:
+        metric: as in ``feature_loss``.
+        channels: number of channels of the teacher's feature, one a layer for a list; needed by
+            ``"gaussian_nll"``, which gets a log-variance for each.
+        initial_variance: σ² > 0 that they start from.
+        projector: a module or an ``nn.Parameter`` (student width, teacher width); a list with one
+            or None a layer, for a list.
+        options: the others of ``feature_loss``.
+
+    ``FeatureLoss("gaussian_nll", channels=[64, 128])(student_features, teacher_features)``. Options
+    given to the call (the masks of one batch) take the place of stored ones.
+    """
+
+    def __init__(
+        self,
+        metric: str = "l2",
+        *,
+        channels: int | Sequence[int] | None = None,
+        initial_variance: float = 5.0,
+        projector: Any = None,
+        **options: Any,
+    ):
+        super().__init__()
+        check_names("FeatureLoss", options, [x for x in _KEYWORDS if x != "log_variance"])
+        if metric not in METRICS:
+            raise ValueError(f"metric={metric!r}; accepted: {', '.join(METRICS)}")
+        if (metric == "gaussian_nll") != (channels is not None):
+            raise ValueError(
+                f"channels={channels} with metric={metric!r}; accepted: the teacher's channels "
+                "with metric='gaussian_nll', else None"
+            )
+        if not 0 < initial_variance < math.inf:
+            raise ValueError(f"initial_variance={initial_variance}; accepted: a finite float > 0")
+        self.metric, self.options = metric, options
+        self.one_projector = not isinstance(projector, _LISTS)
+        entries = [projector] if self.one_projector else list(projector)
+        self.projectors = nn.ModuleList(entry for entry in entries if isinstance(entry, nn.Module))
+        self.projector_weights = nn.ParameterList(
+            entry for entry in entries if isinstance(entry, Tensor)
+        )
+        for i, entry in enumerate(entries):
+            if entry is not None and not isinstance(entry, (nn.Module, nn.Parameter)):
+                raise TypeError(
+                    f"projector[{i}] is a {type(entry).__name__}; accepted: nn.Module, "
+                    "nn.Parameter or None"
+                )
+        self._kinds = [
+            None if entry is None else "module" if isinstance(entry, nn.Module) else "weight"
+            for entry in entries
+        ]
+        self.log_variances = nn.ParameterList()
+        for size in [channels] if isinstance(channels, int) else channels or ():
+            start = torch.full((size,), math.log(initial_variance))
+            self.log_variances.append(nn.Parameter(start))
+
+    def forward(
+        self, student: Features, teacher: Features, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        modules, weights = iter(self.projectors), iter(self.projector_weights)
+        projector: Any = [
+            None if kind is None else next(modules if kind == "module" else weights)
+            for kind in self._kinds
+        ]
+        owned: dict[str, Any] = {}
+        if any(kind is not None for kind in self._kinds):
+            owned["projector"] = projector[0] if self.one_projector else projector
+        if len(self.log_variances):
+            owned["log_variance"] = list(self.log_variances)
+        return feature_loss(
+            student, teacher, metric=self.metric, **{**self.options, **options, **owned}
+        )
+
+    def extra_repr(self) -> str:
+        options = (f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join([repr(self.metric), *options])
 
 
 class FeatureCall(NamedTuple):
@@ -166,6 +259,17 @@ class FeatureCall(NamedTuple):
     def needs_grad(self) -> bool:
         return any(x is not None and x.requires_grad for x in self.tensors)
 
+    def select(self, layers: list[int]) -> "FeatureCall":
+        n = self.layers
+        tensors = [self.tensors[k * n + i] for k in range(4) for i in layers]
+        weights_tensor = self.tensors[-1]
+        if weights_tensor is not None:
+            weights_tensor = torch.stack([weights_tensor[i] for i in layers])
+        dims, metric, normalize, beta, weights, reduction = self.config
+        dims, weights = (tuple(x[i] for i in layers) for x in (dims, weights))
+        config = (dims, metric, normalize, beta, weights, reduction)
+        return FeatureCall((*tensors, weights_tensor), config, self.backend)
+
     def arguments(self) -> tuple:
         """FEATURES, in the order of the schema."""
         n = self.layers
@@ -173,6 +277,14 @@ class FeatureCall(NamedTuple):
         dims, metric, normalize, beta, weights, reduction = self.config
         options = (list(dims), metric, normalize, beta, list(weights), self.tensors[-1], reduction)
         return *lists, *options
+
+
+def _loss(call: FeatureCall) -> tuple[Tensor, Tensor]:
+    """(loss, parts) of layers that need no product."""
+    if torch.is_grad_enabled() and call.needs_grad():
+        return _FeatureLoss.apply(call.backend, call.config, *call.tensors)
+    loss, parts, _ = run(call, None, [False] * (2 * call.layers))
+    return loss, parts
 
 
 def run(call: FeatureCall, upstream: Tensor | None, wanted: list[bool]) -> Any:
@@ -455,10 +567,12 @@ def _weights(
     return tuple(float(x) for x in numbers), None
 
 
-def project(student: list[Tensor], projector: Any) -> list[Tensor]:
-    """The students through their projectors, where these are modules."""
-    entries = per_layer_projectors(projector, len(student))
-    return [x if p is None else p(x) for p, x in zip(entries, student, strict=True)]
+def project(student: list[Tensor], projectors: list) -> list[Tensor]:
+    """The students through those projectors that are modules."""
+    return [
+        entry(x) if isinstance(entry, nn.Module) else x
+        for entry, x in zip(projectors, student, strict=True)
+    ]
 
 
 def per_layer_projectors(projector: Any, n: int) -> list:
@@ -479,3 +593,143 @@ def per_layer_projectors(projector: Any, n: int) -> list:
 
 
 _LISTS = (list, tuple, nn.ModuleList, nn.ParameterList)
+
+
+# ---- student @ weight, a few samples at a time ----
+
+# Bytes of one chunk's product and of its gradient, each; at least one sample. Both are then read
+# back from the last-level cache.
+PROJECTION_BYTES = 8 * 2**20
+
+
+def _stand_in(i: int, student: Tensor, weight: Tensor, dim: Any) -> Tensor:
+    """A tensor without memory, of what student @ weight would be: for the checks."""
+    check_floats(f"projector[{i}]", weight)
+    dim = _dim(f"feature_dim[{i}]", dim, student)
+    if weight.dim() != 2 or weight.shape[0] != student.shape[dim]:
+        raise ValueError(
+            f"projector[{i}] has shape {tuple(weight.shape)}; accepted: ({student.shape[dim]}, "
+            "teacher's channels) (the transpose of nn.Linear.weight)"
+        )
+    if weight.device != student.device:
+        raise ValueError(
+            f"projector[{i}] is on {weight.device}; accepted: its student's {student.device}"
+        )
+    shape = [weight.shape[1] if k == dim else size for k, size in enumerate(student.shape)]
+    dtype = torch.promote_types(student.dtype, weight.dtype)
+    return torch.empty((), dtype=dtype, device=student.device).expand(shape)
+
+
+def _with_projections(
+    call: FeatureCall, students: list[Tensor], projectors: list, weighted: list[int]
+) -> tuple[Tensor, Tensor]:
+    """(loss, parts) where some layers are projected by a weight."""
+    others = [i for i in range(call.layers) if i not in weighted]
+    losses: dict[int, Tensor] = {}
+    parts: dict[int, Tensor] = {}
+    none = call.config[-1] == "none"
+    if others:
+        loss, of_layers = _loss(call.select(others))
+        for k, i in enumerate(others):
+            parts[i] = of_layers[k]
+            losses[i] = loss[k] if none else loss if k == 0 else loss.new_zeros(())
+    for i in weighted:
+        one = call.select([i])
+        loss = _Projected.apply(
+            one.backend, one.config, students[i], projectors[i], *one.tensors[1:]
+        )
+        losses[i] = loss
+        parts[i] = loss.detach().sum()
+    ordered = torch.stack([losses[i] for i in range(call.layers)])
+    return ordered if none else ordered.sum(), torch.stack([parts[i] for i in range(call.layers)])
+
+
+class _Projected(torch.autograd.Function):
+    """One layer. A scalar loss's gradients come with the forward; per sample, from the chunks once
+    more.
+    """
+
+    @staticmethod
+    def forward(ctx, backend, config, student, weight, *rest):
+        needed = ctx.needs_input_grad
+        ctx.wanted = needed[2], needed[3], needed[6]
+        ctx.backend, ctx.config = backend, config
+        ctx.early = config[-1] != "none"
+        wanted = ctx.wanted if ctx.early else (False,) * 3
+        loss, grads = _projected(backend, config, student, weight, rest, None, wanted)
+        ctx.save_for_backward(student, weight, *rest, *(grads if ctx.early else ()))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        student, weight, teacher, mask, log_variance, weights_tensor, *grads = ctx.saved_tensors
+        with torch.no_grad():
+            if ctx.early:
+                grads = [g if g is None else g * grad_loss.to(g.dtype) for g in grads]
+            else:
+                rest = teacher, mask, log_variance, weights_tensor
+                _, grads = _projected(
+                    ctx.backend, ctx.config, student, weight, rest, grad_loss, ctx.wanted
+                )
+            grads = [
+                None if g is None else g.to(x.dtype)
+                for g, x in zip(grads, (student, weight, log_variance), strict=True)
+            ]
+        inputs = [x for x in (grad_loss, student, weight, log_variance) if x is not None]
+        results = [None, None, grads[0], grads[1], None, None, grads[2], None]
+        return tuple(no_double_backward(ctx, results, *inputs))
+
+
+def _projected(
+    backend: str,
+    config: tuple,
+    student: Tensor,
+    weight: Tensor,
+    rest: tuple,
+    upstream: Tensor | None,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Loss of one layer, 0-d or (samples,), and the gradients of student, weight, log-variance."""
+    teacher, mask, log_variance, weights_tensor = rest
+    (dim,), metric, normalize, beta, weights, reduction = config
+    dtype = torch.promote_types(student.dtype, weight.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    rows, matrix = student.movedim(dim, -1), weight.to(dtype)
+    targets = teacher.movedim(dim, -1)
+    samples, channels = rows.shape[0], weight.shape[1]
+    positions = math.prod(rows.shape[1:-1])
+    step = max(1, PROJECTION_BYTES // max(1, positions * channels * dtype.itemsize))
+    divisor = reference.divisor(mask, samples, positions, channels, metric, reduction)
+    compute = reference.compute_dtype([matrix], [teacher])
+    factor = weights[0] if weights_tensor is None else weights_tensor
+    factor = torch.as_tensor(factor / divisor, dtype=compute, device=student.device).reshape(1)
+    wants_student, wants_weight, wants_variance = wanted
+    student_grad = torch.empty_like(student) if wants_student else None
+    weight_grad = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+    variance_grad = torch.zeros_like(log_variance, dtype=wide) if wants_variance else None
+    losses = []
+    inner = (
+        (rows.dim() - 1,),
+        metric,
+        normalize,
+        beta,
+        (1.0,),
+        "none" if reduction == "none" else "sum",
+    )
+    for start in range(0, max(samples, 1), step):
+        part = slice(start, start + step)
+        x = rows[part].to(dtype)
+        product = torch.matmul(x, matrix)
+        piece = None if mask is None else mask[part]
+        call = FeatureCall((product, targets[part], piece, log_variance, factor), inner, backend)
+        up = None if upstream is None else upstream[part].to(compute)
+        loss, _, (grad, variance) = run(call, up, [wants_student or wants_weight, wants_variance])
+        losses.append(loss.reshape(-1))
+        if student_grad is not None:
+            student_grad[part] = torch.matmul(grad, matrix.T).movedim(-1, dim)
+        if weight_grad is not None:
+            weight_grad += x.reshape(-1, x.shape[-1]).T @ grad.reshape(-1, channels)
+        if variance_grad is not None:
+            variance_grad += variance
+    total = torch.cat(losses)
+    return total if reduction == "none" else total.sum(), [student_grad, weight_grad, variance_grad]

@@ -44,10 +44,11 @@ def feature_loss(
             weight = torch.full((), weights[i], dtype=dtype, device=students[i].device)
         else:
             weight = weights_tensor[i].to(dtype)
-        scale = weight / _divisor(rows, metric, reduction)
+        samples, positions, channels = rows.s.shape
+        mask = None if masks[i] is None else rows.weight
+        scale = weight / divisor(mask, samples, positions, channels, metric, reduction)
         unit = _zero_wins(scale, term.value)
         units.append(unit)
-        samples = rows.weight.shape[0]
         factor = scale.expand(samples)
         if upstream is not None:
             up = upstream.reshape(-1)[i * samples :][:samples] if reduction == "none" else upstream
@@ -168,19 +169,24 @@ def _unit(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
-def _divisor(rows: _Rows, metric: str, reduction: str) -> Tensor:
-    weight = rows.weight
+def divisor(
+    mask: Tensor | None, samples: int, positions: int, channels: int, metric: str, reduction: str
+) -> Tensor | float:
+    """What a layer's sum is divided by."""
     if reduction in ("sum", "none"):
-        return torch.ones((), dtype=weight.dtype, device=weight.device)
-    if metric == "attention" and reduction == "batchmean":
-        # Samples: each counts with the mean weight of its positions that count.
-        counted = rows.counted.sum(1).clamp(min=1)
-        divisor = (weight.sum(1) / counted).sum()
+        return 1.0
+    of_samples = metric == "attention" and reduction == "batchmean"
+    of_elements = reduction == "mean" and metric not in ("cosine", "attention")
+    per_position = channels if of_elements else 1
+    if mask is None:
+        count = samples * (min(positions, 1) if of_samples else positions) * per_position
+        return float(max(count, 1))
+    if of_samples:  # each counts with the mean weight of its positions that count
+        weight = mask.reshape(samples, positions)
+        total = (weight.sum(1) / (weight != 0).sum(1).clamp(min=1)).sum()
     else:
-        divisor = weight.sum()
-        if reduction == "mean" and metric not in ("cosine", "attention"):
-            divisor = divisor * rows.s.shape[-1]
-    return torch.where(divisor == 0, 1.0, divisor)
+        total = mask.sum() * per_position
+    return torch.where(total == 0, 1.0, total)
 
 
 def _student_grad(

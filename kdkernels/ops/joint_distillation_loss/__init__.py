@@ -34,6 +34,7 @@ from ..feature_loss import (
     differentiable,
     late_gradients,
     list_of,
+    per_layer_projectors,
     prepare,
     project,
 )
@@ -110,11 +111,12 @@ def joint_distillation_loss(
             raise ValueError(f"{name}='none'; accepted: 'batchmean', 'mean', 'sum': one loss")
     students = list_of("student_features", student_features)
     teachers = list_of("teacher_features", teacher_features)
-    for entry in projector if isinstance(projector, (list, tuple)) else (projector,):
+    projectors = per_layer_projectors(projector, len(students))
+    for entry in projectors:
         if isinstance(entry, Tensor):
             raise TypeError("projector is a Tensor; accepted: modules (feature_loss takes weights)")
     features = prepare(
-        project(students, projector),
+        project(students, projectors),
         teachers,
         metric=metric,
         mask=feature_mask,
