@@ -8,7 +8,7 @@ namespace kd::features {
 namespace {
 
 template <Family family>
-__global__ void __launch_bounds__(kThreads, family == Family::elements ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, blocks_of(family))
     feature_pieces(const __grid_constant__ Call call) {
   __shared__ Mailbox mailbox;
   __shared__ bool last;
@@ -47,8 +47,9 @@ __global__ void __launch_bounds__(kThreads) scale_features(const __grid_constant
     bool aligned = (reinterpret_cast<uint64_t>(grad.data) & 15) == 0;
     int64_t slots = aligned ? grad.n / kSlot : 0;
     for (int64_t slot = thread; slot < slots; slot += step) {
+      char* at = grad.data + slot * kSlot * size_of(grad.dtype);
       float x[kSlot];
-      View here{grad.data + slot * kSlot * size_of(grad.dtype), grad.dtype, 0, 0};
+      View here{at, grad.dtype, 0, 0};
       here.load<true>({}, 0, 0, x);
 #pragma unroll
       for (int j = 0; j < kSlot; ++j) x[j] = scaled(x[j], by);
@@ -78,9 +79,10 @@ CudaStatus cuda_feature_loss(const DeviceProblem& problem, void* workspace, Cuda
     Call call;
     KD_TRY(cudaMemsetAsync(workspace, 0, sizeof(Counters), stream), kName);
     fill(call, problem, first, workspace);
-    Kernel kernel = call.family == Family::elements  ? feature_pieces<Family::elements>
-                    : call.family == Family::vectors ? feature_pieces<Family::vectors>
-                                                     : feature_pieces<Family::maps>;
+    Kernel kernel = call.family == Family::elements   ? feature_pieces<Family::elements>
+                    : call.family == Family::gaussian ? feature_pieces<Family::gaussian>
+                    : call.family == Family::vectors  ? feature_pieces<Family::vectors>
+                                                      : feature_pieces<Family::maps>;
     // Without a piece there is still a loss to write.
     status = launch_rows(kName, kernel, call, call.pieces == 0 ? 1 : call.pieces, device, stream);
     if (status.code != 0) return status;

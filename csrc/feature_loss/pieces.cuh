@@ -14,7 +14,10 @@
 
 namespace kd::features {
 
-enum class Family { elements, vectors, maps };
+enum class Family { elements, gaussian, vectors, maps };
+
+// Blocks that rest on a multiprocessor, by registers: what only streams needs many.
+constexpr int blocks_of(Family family) { return family == Family::elements ? 6 : 3; }
 
 constexpr int kStats = 3;  // 1/‖A(s)‖, 1/‖A(t)‖ and Σ Â·slope of a sample
 
@@ -61,13 +64,28 @@ struct Pair {
   }
 };
 
+// The compiler does not see that the addresses in a Call are of global memory. What is read is not
+// written in the same launch, or by the same thread afterwards.
+__device__ __forceinline__ float load_global(const char* at, Dtype dtype) {
+  if (dtype == Dtype::float32) return __ldg(reinterpret_cast<const float*>(at));
+  unsigned bits = __ldg(reinterpret_cast<const uint16_t*>(at));
+  return dtype == Dtype::bfloat16 ? __uint_as_float(bits << 16) : half_to_float(bits);
+}
+
 __device__ __forceinline__ void store_one(char* data, Dtype dtype, int64_t at, float x) {
   if (dtype == Dtype::float32) {
-    reinterpret_cast<float*>(data)[at] = x;
+    __stwb(reinterpret_cast<float*>(data) + at, x);
   } else {
     float both[kSlot] = {x};
-    reinterpret_cast<uint16_t*>(data)[at] = static_cast<uint16_t>(pack(both, dtype).x);
+    __stwb(reinterpret_cast<uint16_t*>(data) + at, static_cast<uint16_t>(pack(both, dtype).x));
   }
+}
+
+// A log-variance may be float64 whatever the features are.
+__device__ __forceinline__ float variance_at(const Feature& f, int64_t c) {
+  c *= f.strides.channel;
+  return f.dtype == Dtype::float64 ? static_cast<float>(reinterpret_cast<const double*>(f.data)[c])
+                                   : load_one(f.data, f.dtype, c);
 }
 
 // The columns of a piece in slots of eight: neighbours, whose slots are all full and lie at
@@ -92,19 +110,19 @@ struct View {
     const char* from = data + r * row;
     if constexpr (kWide) {
       if (dtype == Dtype::float32) {
-        float4 a = reinterpret_cast<const float4*>(from)[2 * slot];
-        float4 b = reinterpret_cast<const float4*>(from)[2 * slot + 1];
+        float4 a = __ldg(reinterpret_cast<const float4*>(from) + 2 * slot);
+        float4 b = __ldg(reinterpret_cast<const float4*>(from) + 2 * slot + 1);
         x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
         x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
       } else {
-        unpack(reinterpret_cast<const uint4*>(from)[slot], dtype, x);
+        unpack(__ldg(reinterpret_cast<const uint4*>(from) + slot), dtype, x);
       }
     } else {
       from += slot * column;
       int64_t step = columns.slots * column;
 #pragma unroll
       for (int j = 0; j < kSlot; ++j) {
-        x[j] = j * columns.slots + slot < columns.n ? load_one(from, dtype, 0) : 0.f;
+        x[j] = j * columns.slots + slot < columns.n ? load_global(from, dtype) : 0.f;
         from += step;
       }
     }
@@ -115,10 +133,11 @@ struct View {
     char* to = data + r * row;
     if constexpr (kWide) {
       if (dtype == Dtype::float32) {
-        reinterpret_cast<float4*>(to)[2 * slot] = make_float4(x[0], x[1], x[2], x[3]);
-        reinterpret_cast<float4*>(to)[2 * slot + 1] = make_float4(x[4], x[5], x[6], x[7]);
+        float4* at = reinterpret_cast<float4*>(to) + 2 * slot;
+        __stwb(at, make_float4(x[0], x[1], x[2], x[3]));
+        __stwb(at + 1, make_float4(x[4], x[5], x[6], x[7]));
       } else {
-        reinterpret_cast<uint4*>(to)[slot] = pack(x, dtype);
+        __stwb(reinterpret_cast<uint4*>(to) + slot, pack(x, dtype));
       }
     } else {
       to += slot * column;
@@ -319,7 +338,7 @@ struct At {
 #pragma unroll
     for (int j = 0; j < P; ++j) {
       int position = kAlong ? row : columns.at<kWide>(slot, j);
-      weight[j] = position >= n ? 0.f : mask ? mask[position * l.mask_strides.inner] : 1.f;
+      weight[j] = position >= n ? 0.f : mask ? __ldg(mask + position * l.mask_strides.inner) : 1.f;
     }
   }
 };
@@ -334,14 +353,14 @@ __device__ __forceinline__ bool any(const float (&x)[P]) {
 
 // ---- l2, smooth_l1, gaussian_nll ----
 
-template <bool kAlong, bool kWide>
+template <bool gaussian, bool kAlong, bool kWide>
 __device__ __noinline__ float elements(Blocks& all, const At& at, int64_t piece, float factor) {
   constexpr int P = kAlong ? 1 : kSlot, C = kAlong ? kSlot : 1;
   const Call& call = all.call;
   const DeviceLayer& l = at.l;
   View s = at.view(l.student), t = at.view(l.teacher), g = at.view(l.gradient);
   Columns columns = at.columns(l.channels);
-  bool gaussian = call.metric == Metric::gaussian_nll, is_l2 = call.metric == Metric::l2;
+  bool is_l2 = call.metric == Metric::l2;
   int lane = threadIdx.x % l.lanes, high = threadIdx.x / l.lanes, step = kThreads / l.lanes;
   int rows = kAlong ? at.n : static_cast<int>(l.channels);
   // Channels outside, positions inside: a channel's sums stay in registers.
@@ -360,8 +379,7 @@ __device__ __noinline__ float elements(Blocks& all, const At& at, int64_t piece,
       log_variance[j] = 0, precision[j] = 1;
       int c = kAlong ? columns.at<kWide>(at_channel, j) : at_channel;
       if (gaussian && at_channel < channel_end && c < l.channels) {
-        log_variance[j] =
-            load_one(l.variance.data, l.variance.dtype, c * l.variance.strides.channel);
+        log_variance[j] = variance_at(l.variance, c);
         precision[j] = expf(-log_variance[j]);
       }
     }
@@ -394,7 +412,7 @@ __device__ __noinline__ float elements(Blocks& all, const At& at, int64_t piece,
         if (g.data) g.store<kWide>(columns, row, slot, out);
       }
     }
-    if (l.variance_sums) {
+    if (gaussian && l.variance_sums) {
       float* to = l.variance_sums + piece * l.channels;
       if constexpr (kAlong) {
         float* shared = reinterpret_cast<float*>(shared_memory);
@@ -715,8 +733,12 @@ __device__ __noinline__ void variance_gradients(Blocks& all) {
       __syncthreads();
       if (warp == 0 && c + lane < l.channels) {
         sum = ((shared[lane] + shared[32 + lane]) + shared[64 + lane]) + shared[96 + lane];
-        store_one(l.variance_gradient.data, l.variance_gradient.dtype, c + lane,
-                  static_cast<float>(sum));
+        const Feature& to = l.variance_gradient;
+        if (to.dtype == Dtype::float64) {
+          reinterpret_cast<double*>(to.data)[c + lane] = sum;
+        } else {
+          store_one(to.data, to.dtype, c + lane, static_cast<float>(sum));
+        }
       }
     }
   }
@@ -770,8 +792,9 @@ __device__ __forceinline__ void run_pieces(Blocks& all) {
     float value = 0;
     by_layout(at.l, [&](auto along, auto wide) {
       constexpr bool kAlong = decltype(along)::value, kWide = decltype(wide)::value;
-      if constexpr (family == Family::elements) {
-        value = elements<kAlong, kWide>(all, at, k - at.l.first_piece, factor);
+      if constexpr (family == Family::elements || family == Family::gaussian) {
+        constexpr bool gaussian = family == Family::gaussian;
+        value = elements<gaussian, kAlong, kWide>(all, at, k - at.l.first_piece, factor);
       } else if constexpr (family == Family::vectors) {
         value = vectors<kAlong, kWide>(all, at, factor);
       } else {
@@ -784,7 +807,7 @@ __device__ __forceinline__ void run_pieces(Blocks& all) {
     double sum = family == Family::maps ? 0 : all.sum(value);
     if (threadIdx.x == 0) __stcg(call.values + k, sum);
   });
-  if constexpr (family == Family::elements) {
+  if constexpr (family == Family::gaussian) {
     bool wants = false;
     for (int i = 0; i < call.count; ++i) wants |= call.layers[i].variance_gradient.data != nullptr;
     if (wants) {

@@ -11,6 +11,7 @@ constexpr const char* kName = "feature_loss";
 
 inline Family family_of(const DeviceProblem& p) {
   if (p.metric == Metric::attention) return Family::maps;
+  if (p.metric == Metric::gaussian_nll) return Family::gaussian;
   return p.normalize || p.metric == Metric::cosine ? Family::vectors : Family::elements;
 }
 
@@ -34,20 +35,21 @@ inline int power_of_two(int64_t at_least, int most) {
 }
 
 // How threads and pieces cover a layer; depends on its shape, strides and the chip.
-inline void divide(DeviceLayer& l, Family family, Metric metric, const Device& device, int* shared) {
+inline void divide(DeviceLayer& l, Family family, const Device& device, int* shared) {
   auto up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
   const Strides& s = l.student.strides;
   l.along = l.channels > 1 && (l.inner == 1 || s.channel < s.inner);
   l.wide = is_wide(l.student, l.channels, l) && is_wide(l.teacher, l.teacher_channels, l) &&
            (!l.gradient.data || is_wide(l.gradient, l.channels, l));
   // A Gaussian's piece leaves a sum for each channel.
-  int64_t elements = metric == Metric::gaussian_nll ? 65536 : 8192;
+  int64_t elements = family == Family::gaussian ? 65536 : 8192;
+  bool streams = family == Family::elements || family == Family::gaussian;
   int64_t most = device.shared_per_block - kStaticShared - kExchange;
   auto bytes_of = [](int64_t slots) { return slots * 2 * kSlot * 4 * kThreads; };
   int64_t positions = up(elements, l.channels);
   if (l.along) {
     int64_t slots = up(l.channels, kSlot);
-    l.lanes = family == Family::elements || slots > 256 ? power_of_two(slots, 128)
+    l.lanes = streams || slots > 256 ? power_of_two(slots, 128)
                                                         : power_of_two(slots, 32);
     int64_t rows = kThreads / l.lanes;
     positions = up(positions, rows) * rows;
@@ -55,7 +57,7 @@ inline void divide(DeviceLayer& l, Family family, Metric metric, const Device& d
     if (family == Family::vectors && l.keeps) {
       *shared = std::max(*shared, static_cast<int>(bytes_of(up(slots, l.lanes))));
     }
-  } else if (family == Family::elements) {
+  } else if (streams) {
     positions = std::max<int64_t>(up(positions, kSlot) * kSlot, l.channels == 1 ? 0 : 64);
     l.lanes = power_of_two(up(std::min(positions, l.inner), kSlot), l.channels == 1 ? kThreads : 32);
   } else {
@@ -83,10 +85,9 @@ inline CudaStatus divide(DeviceProblem& problem, const Device& device, int64_t* 
   problem.shared_bytes = kExchange;
   int shared = 0;
   for (DeviceLayer& l : problem.layers) {
-    bool wide = l.student.dtype == Dtype::float64 || l.teacher.dtype == Dtype::float64 ||
-                l.variance.dtype == Dtype::float64;
+    bool wide = l.student.dtype == Dtype::float64 || l.teacher.dtype == Dtype::float64;
     if (wide) return failure(cudaErrorInvalidValue, kName, "float64 features", "");
-    divide(l, family, problem.metric, device, &shared);
+    divide(l, family, device, &shared);
     l.first_piece = pieces;
     pieces += l.pieces;
     if (l.variance_gradient.data) floats += l.pieces * l.channels;
