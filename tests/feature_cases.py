@@ -150,8 +150,8 @@ KINDS = [
 ]
 
 
-def case(metric, options, dtype, masked, reduction):
-    """(students, teachers, options), with NaN where a mask covers it."""
+def case(metric, options, dtype, masked, reduction, only=range(7)):
+    """(students, teachers, options) of some layers, with NaN where a mask covers it."""
     students, teachers = layers(dtype, 1), layers(dtype, 2)
     options = dict(options, metric=metric, reduction=reduction, weights=[1, 2, 0.5, 3, 1, 1, 1.5])
     if masked:
@@ -163,4 +163,8 @@ def case(metric, options, dtype, masked, reduction):
         options["log_variance"] = [torch.linspace(-0.5, 0.5, n) for n in channels]
     if reduction == "none":
         options["upstream"] = torch.linspace(-1, 1, len(students) * B).reshape(-1, B)
-    return students, teachers, options
+    for name in ("weights", "mask", "log_variance", "upstream"):
+        if name in options:
+            chosen = [options[name][i] for i in only]
+            options[name] = torch.stack(chosen) if name == "upstream" else chosen
+    return [students[i] for i in only], [teachers[i] for i in only], options
