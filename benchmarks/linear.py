@@ -6,20 +6,32 @@ loss against the lines people write today, and against its own matrix products a
 A contestant takes (student hidden, student weight, teacher hidden, teacher weight, labels) and
 returns the loss and the gradients of the first two. Each is checked against float64 on 32 rows of
 the case before anything of it is timed, at most TOLERANCE away, and its error there is part of the
-result: in bfloat16 the peers round the logits. They are timed alternately, on inputs that exist;
-what a contestant allocates is inside. A ratio is the median of the rounds' ratios.
+result. They are timed alternately, on inputs that exist; what a contestant allocates is inside. A
+ratio is the median of the rounds' ratios.
+
+In bfloat16 the peers round the logits. Equal accuracy means: a gradient error at most twice ours.
+Peers that have it must be slower in every case; those that have not are shown with their error, and
+beside each is the same code on float32 copies of its inputs, made inside what is timed.
+
+A case that the file of --out holds is not measured again (--again does), so that a run can be made
+in pieces; each case says when it ran and at what load. All of it:
+
+    python -m benchmarks.linear --memory --scaling --out benchmarks/results/linear.json
 """
 
 import argparse
 import importlib
+import importlib.metadata
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +41,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels
+from kdkernels.ops.linear_distillation_loss import bfloat16_product
 
 from . import memory, report, run
 from .run import CheckFailed
@@ -40,6 +53,14 @@ CHECKED_ROWS = 32
 # known to be the same function.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 OURS_IN_BFLOAT16 = 0.003
+EQUAL_ACCURACY = 2.0  # times our error
+# Of the products alone, at JUDGED_ROWS. bfloat16: with a float32 product of the CPU's, and without.
+OF_PRODUCTS = {"float32": 1.12, "bfloat16": 1.5}
+OF_PRODUCTS_PLAIN = 2.2
+JUDGED_ROWS = 4096
+PEAK = 256 * MIB  # beyond inputs and gradients
+SCALING_ROWS = [2**i for i in range(8, 17)]
+SCALING_SPREAD = 1.15  # slowest over fastest time a token
 
 
 @dataclass(frozen=True)
@@ -180,6 +201,24 @@ def _liger(case: Case) -> Step:
     return _differentiated(lambda x: loss(*x))
 
 
+def _in_float32(make: Callable[[Case], Step]) -> Callable[[Case], Step]:
+    """The same on float32 copies of the inputs, gradients rounded by autograd: float32 logits."""
+
+    def made(case: Case) -> Step:
+        step = make(case)
+
+        def on_copies(x: Inputs) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            copies = Inputs(*(t.detach().float() if t.is_floating_point() else t for t in x))
+            copies.hidden.requires_grad_()
+            copies.weight.requires_grad_()
+            loss, (by_hidden, by_weight) = step(copies)
+            return loss, (by_hidden.to(x.hidden.dtype), by_weight.to(x.weight.dtype))
+
+        return on_copies
+
+    return made
+
+
 def _torch_ce(case: Case) -> Step:
     from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
@@ -225,6 +264,22 @@ CONTESTANTS: dict[str, dict[str, Callable[[Case], Step]]] = {
     },
     "ce": {PRODUCTS: _products, OURS: _ours, "eager": _eager, "torch chunked": _torch_ce},
 }
+IN_FLOAT32 = ", float32"
+for contestants in CONTESTANTS.values():
+    peers = [name for name in contestants if name not in (PRODUCTS, OURS)]
+    contestants |= {name + IN_FLOAT32: _in_float32(contestants[name]) for name in peers}
+
+
+def names_of(case: Case, only: list[str] | None = None) -> list[str]:
+    """Contestants of a case that can run here, ours first."""
+    absent = missing()
+    return [
+        name
+        for name in CONTESTANTS[case.loss]
+        if name.removesuffix(IN_FLOAT32) not in absent
+        and not (name.endswith(IN_FLOAT32) and case.dtype == "float32")
+        and (not only or name in (PRODUCTS, OURS) or name.removesuffix(IN_FLOAT32) in only)
+    ]
 
 
 def check(case: Case, name: str) -> dict[str, float]:
@@ -245,6 +300,7 @@ def check(case: Case, name: str) -> dict[str, float]:
 
 def measure(case: Case, names: list[str], rounds: int, with_memory: bool) -> dict[str, Any]:
     errors = {name: check(case, name) for name in names if name != PRODUCTS}
+    result: dict[str, Any] = _when() | {"case": case.name, "flops": case.flops, "contestants": {}}
     inputs = make_inputs(case)
     steps = {name: CONTESTANTS[case.loss][name](case) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -254,7 +310,7 @@ def measure(case: Case, names: list[str], rounds: int, with_memory: bool) -> dic
             step(inputs)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - start)
-    result: dict[str, Any] = {"case": case.name, "flops": case.flops, "contestants": {}}
+    result["load_average"].append(os.getloadavg()[0])
     for name, times in seconds.items():
         ours = [b / a for a, b in zip(seconds[OURS], times, strict=True)]
         floor = [b / a for a, b in zip(seconds[PRODUCTS], times, strict=True)]
@@ -270,6 +326,33 @@ def measure(case: Case, names: list[str], rounds: int, with_memory: bool) -> dic
     return result
 
 
+def scale(case: Case, rounds: int, with_memory: bool) -> dict[str, Any]:
+    """Our time a token at one number of rows, and the peak."""
+    inputs, step = make_inputs(case), _ours(case)
+    result: dict[str, Any] = _when() | {"case": case.name, "rows": case.rows, "dtype": case.dtype}
+    times: list[float] = []
+    for number in range(-1, rounds):
+        start = time.perf_counter()
+        step(inputs)
+        if number >= 0:
+            times.append(time.perf_counter() - start)
+    result |= {"seconds": statistics.median(times), "fastest": min(times)}
+    result["us_per_token"] = result["seconds"] / case.rows * 1e6
+    result["load_average"].append(os.getloadavg()[0])
+    if with_memory:
+        result["peak_bytes"] = peak_memory(case, OURS)
+    return result
+
+
+def _when() -> dict[str, Any]:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {
+        "date": now,
+        "commit": run._git("rev-parse", "HEAD"),
+        "load_average": [os.getloadavg()[0]],
+    }
+
+
 def peak_memory(case: Case, name: str) -> int:
     """Bytes beyond inputs and gradients, at the peak of one call in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.linear", "--peak", json.dumps(asdict(case)), name]
@@ -282,14 +365,19 @@ def _peak(case: Case, name: str) -> int:
     make = CONTESTANTS[case.loss][name]
     inputs = make_inputs(case)
     # Libraries and threads; what is compiled for one shape is compiled for this one.
-    warm = case if name in ("torch.compile", "Liger") else Case(case.loss, case.dtype, 8, 16, 64)
+    compiles = name.removesuffix(IN_FLOAT32) in ("torch.compile", "Liger")
+    warm = case if compiles else Case(case.loss, case.dtype, 8, 16, 64)
     step = make(case)
     (step if warm is case else make(warm))(inputs if warm is case else make_inputs(warm))
     return memory.added_by(lambda: step(inputs))
 
 
-def table(result: dict[str, Any]) -> str:
-    rows = [[result["case"], "s", "× products", "× ours", "error: hidden", "weight", "peak MiB"]]
+COLUMNS = ["s", "× products", "× ours", "error: hidden", "weight", "peak MiB"]
+
+
+def rows_of(result: dict[str, Any]) -> list[list[str]]:
+    """A line for each contestant of a case."""
+    rows = []
     for name, x in result["contestants"].items():
         errors = x["errors"] or {}
         rows.append(
@@ -302,7 +390,122 @@ def table(result: dict[str, Any]) -> str:
                 f"{x['peak_bytes'] / MIB:.0f}" if "peak_bytes" in x else "-",
             ]
         )
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    return report.aligned([[result["case"], *COLUMNS], *rows_of(result)])
+
+
+def _worst(contestant: dict[str, Any]) -> float:
+    return max(contestant["errors"]["hidden"], contestant["errors"]["weight"])
+
+
+def thresholds(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the results must keep, one entry each: met or not, or None where it is not asked."""
+    entries: list[dict[str, Any]] = []
+
+    def entry(case: str, what: str, measured: float, relation: str, limit: float, asked=True):
+        met = measured <= limit if relation == "<=" else measured > limit
+        entries.append(
+            {
+                "case": case,
+                "what": what,
+                "measured": measured,
+                "relation": relation,
+                "limit": limit,
+                "met": met if asked else None,
+            }
+        )
+
+    for result in results["cases"].values():
+        found, case = result["contestants"], result["case"]
+        loss, dtype, shape = case.split("/")
+        ours = found[OURS]
+        if loss == "jsd" and shape.startswith(f"{JUDGED_ROWS}x"):
+            plain = dtype == "bfloat16" and "slow" in results["bfloat16_product"]
+            limit = OF_PRODUCTS_PLAIN if plain else OF_PRODUCTS[dtype]
+            entry(case, f"{OURS} / {PRODUCTS}", ours["of_products"], "<=", limit)
+        for name, x in found.items():
+            if name in (PRODUCTS, OURS):
+                continue
+            times = _worst(x) / _worst(ours)
+            what = f"{name} / {OURS}"
+            if times > EQUAL_ACCURACY:
+                what += f" (not asked: its error is {times:.0f} times ours)"
+            entry(case, what, x["of_ours"], ">", 1.0, times <= EQUAL_ACCURACY)
+        if "peak_bytes" in ours:
+            entry(case, "peak MiB", ours["peak_bytes"] / MIB, "<=", PEAK / MIB)
+    by_dtype: dict[str, list[dict[str, Any]]] = {}
+    for point in results["scaling"].values():
+        by_dtype.setdefault(point["dtype"], []).append(point)
+    for dtype, points in by_dtype.items():
+        times = [point["us_per_token"] for point in points]
+        rows = f"{min(p['rows'] for p in points)} to {max(p['rows'] for p in points)} rows"
+        slowest = max(times) / min(times)
+        entry(f"scaling, {dtype}, {rows}", "slowest / fastest", slowest, "<=", SCALING_SPREAD)
+        peaks = [point["peak_bytes"] for point in points if "peak_bytes" in point]
+        if peaks:
+            entry(f"scaling, {dtype}, {rows}", "peak MiB", max(peaks) / MIB, "<=", PEAK / MIB)
+    return entries
+
+
+def verdicts(entries: list[dict[str, Any]]) -> str:
+    words = {True: "met", False: "MISSED", None: "-"}
+    rows = [["case", "what", "measured", "asked", ""]]
+    for x in entries:
+        asked = f"{x['relation']} {x['limit']:g}"
+        rows.append([x["case"], x["what"], report.number(x["measured"]), asked, words[x["met"]]])
     return report.aligned(rows)
+
+
+def scaling_rows(results: dict[str, Any]) -> list[list[str]]:
+    points = sorted(results["scaling"].values(), key=lambda p: (p["dtype"], p["rows"]))
+    return [
+        [
+            p["dtype"],
+            str(p["rows"]),
+            report.number(p["seconds"]),
+            report.number(p["us_per_token"]),
+            f"{p['peak_bytes'] / MIB:.0f}" if "peak_bytes" in p else "-",
+            f"{p['load_average'][0]:.1f}",
+        ]
+        for p in points
+    ]
+
+
+SCALING_COLUMNS = ["dtype", "rows", "s", "µs a token", "peak MiB", "load average"]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The file beside the JSON."""
+
+    def lines(header: list[str], rows: list[list[str]]) -> list[str]:
+        rule = ["---"] + ["---:"] * (len(header) - 1)
+        return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)] + [""]
+
+    text = ["# linear_distillation_loss on the CPU", "", report.machine_line(results), ""]
+    text += [f"bfloat16 product: {results['bfloat16_product']}. Made by `benchmarks.linear`.", ""]
+    text += [f"Not measured: {name}: {why}." for name, why in results["missing"].items()]
+    for result in results["cases"].values():
+        load = " to ".join(f"{x:.1f}" for x in result["load_average"])
+        text += ["", f"## {result['case']} (load average {load})", ""]
+        text += lines(["", *COLUMNS], rows_of(result))
+    if results["scaling"]:
+        text += ["", "## Scaling", "", *lines(SCALING_COLUMNS, scaling_rows(results))]
+    words = {True: "met", False: "**missed**", None: "not asked"}
+    entries = [
+        [
+            x["case"],
+            x["what"],
+            report.number(x["measured"]),
+            f"{x['relation']} {x['limit']:g}",
+            words[x["met"]],
+        ]
+        for x in thresholds(results)
+    ]
+    text += ["## Thresholds", "", *lines(["case", "what", "measured", "asked", ""], entries)]
+    return "\n".join(text).rstrip() + "\n"
 
 
 def missing() -> dict[str, str]:
@@ -329,8 +532,35 @@ parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants besid
 parser.add_argument("--rounds", type=int, default=7)
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--memory", action="store_true", help="peak memory too: a process each")
+parser.add_argument("--scaling", action="store_true", help="our time a token at 256 to 65536 rows")
+parser.add_argument("--scaling-rows", nargs="+", type=int, default=SCALING_ROWS)
+parser.add_argument("--no-cases", action="store_true", help="nothing but --scaling")
+parser.add_argument("--again", action="store_true", help="also what the file of --out holds")
 parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/linear.json"))
 parser.add_argument("--peak", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
+
+
+def _results(options: argparse.Namespace) -> dict[str, Any]:
+    """Of this run, with what the file already holds of the same machine and versions."""
+    results = run.environment(options.threads)
+    results["bfloat16_product"] = bfloat16_product()
+    results["missing"] = missing()
+    if "Liger" not in results["missing"]:
+        results["versions"]["liger-kernel"] = importlib.metadata.version("liger-kernel")
+    results |= {"cases": {}, "scaling": {}, "failed": []}
+    if not options.out.exists():
+        return results
+    kept = json.loads(options.out.read_text())
+    for where in (("threads",), ("machine", "cpu"), ("versions", "torch")):
+        before, now = kept, results
+        for key in where:
+            before, now = before[key], now[key]
+        if before != now:
+            raise SystemExit(
+                f"{options.out} was measured with {' '.join(where)} {before}, here it is {now}; "
+                "accepted: the same, or another --out"
+            )
+    return results | {"cases": kept["cases"], "scaling": kept["scaling"]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -339,33 +569,55 @@ def main(arguments: list[str] | None = None) -> int:
     if options.peak:
         print(_peak(Case(**json.loads(options.peak[0])), options.peak[1]))
         return 0
-    results = run.environment(options.threads) | {"cases": [], "failed": []}
+    results = _results(options)
     print(report.machine_line(results))
-    print(f"load average before the start: {results['machine']['load_average']:.1f}", flush=True)
-    absent = missing()
-    for name, reason in absent.items():
+    print(f"load average before the start: {results['machine']['load_average']:.1f}")
+    print(f"bfloat16 product: {results['bfloat16_product']}", flush=True)
+    for name, reason in results["missing"].items():
         print(f"not measured: {name}: {reason}")
-    for loss in options.loss:
-        names = [
-            name
-            for name in CONTESTANTS[loss]
-            if name not in absent
-            and (not options.only or name in (PRODUCTS, OURS) or name in options.only)
-        ]
-        for dtype in options.dtype:
-            for hidden in options.hidden:
-                for rows in options.rows:
-                    case = Case(loss, dtype, rows, hidden, options.vocab)
-                    try:
-                        result = measure(case, names, options.rounds, options.memory)
-                    except CheckFailed as failure:
-                        results["failed"].append(str(failure))
-                        print(f"CHECK FAILED, not timed: {failure}")
-                        continue
-                    results["cases"].append(result)
-                    print("\n" + table(result), flush=True)
-    run.save(results, options.out)
-    print(f"\nwritten: {options.out}")
+
+    def save() -> None:
+        results["thresholds"] = thresholds(results)
+        run.save(results, options.out)
+        run.write_whole(options.out.with_suffix(".md"), markdown(results).encode())
+
+    cases = [
+        Case(loss, dtype, rows, hidden, options.vocab)
+        for loss in options.loss
+        for dtype in options.dtype
+        for hidden in options.hidden
+        for rows in options.rows
+    ]
+    for case in [] if options.no_cases else cases:
+        if case.name in results["cases"] and not options.again:
+            print(f"in {options.out} already: {case.name}")
+            continue
+        try:
+            result = measure(case, names_of(case, options.only), options.rounds, options.memory)
+        except CheckFailed as failure:
+            results["failed"].append(str(failure))
+            print(f"CHECK FAILED, not timed: {failure}")
+            continue
+        results["cases"][case.name] = result
+        print("\n" + table(result), flush=True)
+        save()
+    for dtype in options.dtype if options.scaling else []:
+        for rows in options.scaling_rows:
+            case = Case("jsd", dtype, rows, options.hidden[0], options.vocab)
+            if case.name in results["scaling"] and not options.again:
+                print(f"in {options.out} already: scaling, {case.name}")
+                continue
+            # A minute or more each at the far end.
+            rounds = max(1, min(options.rounds, 8 * 4096 // rows))
+            point = results["scaling"][case.name] = scale(case, rounds, options.memory)
+            print(f"scaling, {case.name}: {point['us_per_token']:.0f} µs a token", flush=True)
+            save()
+    save()
+    if results["scaling"]:
+        print("\n" + report.aligned([SCALING_COLUMNS, *scaling_rows(results)]))
+    if results["thresholds"]:
+        print("\n" + verdicts(results["thresholds"]))
+    print(f"\nwritten: {options.out} and {options.out.with_suffix('.md').name}")
     return 1 if results["failed"] else 0
 
 

@@ -63,17 +63,22 @@ KD_INLINE Real kl_term(Real weight, Real other, Real d) {
   return absolute(d) < Real(0.25) ? near : far;
 }
 
-// Traits: whether ΣG = 0 is known, so that the gradient needs no sum over the row, and whether
-// terms take expm1(−|a − b|) in e.
+// Traits: whether ΣG = 0 is known, so that the gradient needs no sum over the row; whether terms
+// take expm1(−|a − b|) in e; whether they read a and b in a − b alone, so that term(d, 0, …) is the
+// same; whether p or q is part of a difference.
 struct Plain {
-  static constexpr bool sum_g_is_zero = false, mixes = false;
+  static constexpr bool sum_g_is_zero = false, mixes = false, of_difference = false,
+                        subtracts = true;
 };
-struct Mixes {
-  static constexpr bool sum_g_is_zero = false, mixes = true;
+struct OfDifference : Plain {
+  static constexpr bool of_difference = true;
+};
+struct Mixes : OfDifference {
+  static constexpr bool mixes = true;
 };
 
-struct ForwardKL {
-  static constexpr bool sum_g_is_zero = true, mixes = false;  // ΣG = Σp − Σq
+struct ForwardKL : OfDifference {
+  static constexpr bool sum_g_is_zero = true;  // Σp − Σq
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real, const Weights<Real>&) {
     Real d = a - b;
@@ -81,7 +86,7 @@ struct ForwardKL {
   }
 };
 
-struct ReverseKL : Plain {
+struct ReverseKL : OfDifference {
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real, const Weights<Real>&) {
     Real d = a - b;
@@ -89,7 +94,7 @@ struct ReverseKL : Plain {
   }
 };
 
-struct Jeffreys : Plain {
+struct Jeffreys : OfDifference {
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
     auto forward = ForwardKL::term(a, b, p, q, e, w), reverse = ReverseKL::term(a, b, p, q, e, w);
@@ -100,14 +105,15 @@ struct Jeffreys : Plain {
 };
 
 // What m = βq + (1 − β)p makes of d = log(p/q): logarithms and ratios from d alone, without 0/0 or
-// cancellation at small d. e = expm1(−|d|) is handed in.
-template <class Real>
+// cancellation at small d. e = expm1(−|d|) is handed in; moderate promises near_half(beta).
+template <class Real, bool moderate = false>
 struct Mixture {
   Real log_p_m, log_q_m;    // log(p/m), log(q/m)
   Real excess_p, excess_q;  // p/m − 1, q/m − 1
   KD_INLINE Mixture(Real d, Real e, Real beta) {
     Real y = (d >= 0 ? beta : 1 - beta) * e;  // m/larger − 1
-    Real log_larger = -log1p_nonpositive(y), log_smaller = log_larger - absolute(d);
+    Real log_larger = -(moderate ? log1p_moderate(y) : log1p_nonpositive(y)),
+         log_smaller = log_larger - absolute(d);
     Real inverse = quotient<Real>(1, 1 + y), larger = -y * inverse, smaller = (e - y) * inverse;
     log_p_m = d >= 0 ? log_larger : log_smaller;
     log_q_m = d >= 0 ? log_smaller : log_larger;
@@ -116,17 +122,26 @@ struct Mixture {
   }
 };
 
-struct JSD : Mixes {
+// Whether 1 − max(β, 1 − β) ≥ √½/2, so that m is never much smaller than the larger of p and q.
+template <class Real>
+KD_INLINE bool near_half(Real beta) {
+  return beta >= Real(0.36) && beta <= Real(0.64);
+}
+
+template <bool moderate>
+struct JSDWith : Mixes {
+  static constexpr bool subtracts = false;
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real e, const Weights<Real>& w) {
     Real beta = w.first, rest = 1 - beta;
-    Mixture<Real> m(a - b, e, beta);
+    Mixture<Real, moderate> m(a - b, e, beta);
     Real scale = w.second > 0 ? quotient<Real>(1, beta * rest) : Real(1);
     Real g = weighted(p, m.log_p_m) * (rest * scale);
     Real h = weighted(q, m.log_q_m) * (beta * scale);
     return {g + h, g, h};
   }
 };
+struct JSD : JSDWith<false> {};
 
 // In the skew divergences λ = 1 leaves log(q/q) = 0, which the mixture could only round to.
 struct SkewForwardKL : Mixes {

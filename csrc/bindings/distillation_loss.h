@@ -217,8 +217,9 @@ void scale_rows(const std::string& level, int threads, py::array array, py::arra
   Matrix matrix = matrix_of(array);
   int64_t n = array.shape(0);
   auto run = [&](auto by, auto rows) {
-    on_threads(threads, n,
-               [&](int64_t begin, int64_t end) { rows(matrix, by.data, by.stride, begin, end); });
+    on_threads(threads, n, [&](int64_t begin, int64_t end) {
+      rows(matrix, matrix, by.data, by.stride, begin, end);
+    });
   };
   if (dtype_of(factor) == Dtype::float64) {
     run(reals<double>(factor, n), table.scale_double);
@@ -235,12 +236,12 @@ void planted(const std::string& bug, py::array row) {
   Matrix matrix = matrix_of(row);
   if (bug == "one column too many") {
     matrix.columns += 1;
-    scale(matrix, &factor, 0, 0, 1);
+    scale(matrix, matrix, &factor, 0, 0, 1);
   } else if (bug == "offset of a row past 2^63") {
     int64_t far = std::numeric_limits<int64_t>::max() / matrix.stride;
-    scale(matrix, &factor, 0, far, far + 1);
+    scale(matrix, matrix, &factor, 0, far, far + 1);
   } else if (bug == "one row given to two threads") {
-    on_threads(2, 2, [&](int64_t, int64_t) { scale(matrix, &factor, 0, 0, 1); });
+    on_threads(2, 2, [&](int64_t, int64_t) { scale(matrix, matrix, &factor, 0, 0, 1); });
   } else {
     throw py::value_error(bug);
   }

@@ -216,6 +216,19 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss_and_grad_(Tensor student, T
   return {loss, rows, gt};
 }
 
+template <auto& forward>
+std::tuple<Tensor, Tensor, Tensor> distillation_loss_and_grad_into(Tensor student, Tensor teacher,
+                                                                   KD_OPTIONS, bool teacher_grad,
+                                                                   Tensor grad) {
+  STD_TORCH_CHECK(
+      grad.dim() == 2 && grad.size(0) == student.size(0) && grad.size(1) == student.size(1),
+      "kdkernels: grad must have the student's rows and columns");
+  Tensor gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
+  auto [loss, rows] =
+      forward(student, teacher, KD_TAKE_OPTIONS, &grad, teacher_grad ? &gt : nullptr);
+  return {loss, rows, gt};
+}
+
 template <auto& backward>
 std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_loss, Tensor student,
                                                       Tensor teacher, Tensor rows,

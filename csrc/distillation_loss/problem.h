@@ -82,10 +82,10 @@ struct Kernels {
   void (*forward_double)(const Problem<double>&, int64_t begin, int64_t end);
   void (*backward_float)(const Problem<float>&, int64_t begin, int64_t end);
   void (*backward_double)(const Problem<double>&, int64_t begin, int64_t end);
-  void (*scale_float)(const Matrix&, const float* factor, int64_t stride, int64_t begin,
-                      int64_t end);
-  void (*scale_double)(const Matrix&, const double* factor, int64_t stride, int64_t begin,
-                       int64_t end);
+  void (*scale_float)(const Matrix& from, const Matrix& to, const float* factor, int64_t stride,
+                      int64_t begin, int64_t end);
+  void (*scale_double)(const Matrix& from, const Matrix& to, const double* factor, int64_t stride,
+                       int64_t begin, int64_t end);
 };
 
 const Kernels& kernels();  // for this machine's CPU level

@@ -67,9 +67,9 @@ void scale_rows_(Tensor grad, Tensor factor) {
   Tensor by = factor.is_contiguous() ? factor : torch::stable::contiguous(factor);
   torch::stable::parallel_for(0, n, grain(matrix.columns + 1), [&](int64_t begin, int64_t end) {
     if (dtype_of(by) == Dtype::float64) {
-      kernels().scale_double(matrix, reals<double>(by, "factor", n), stride, begin, end);
+      kernels().scale_double(matrix, matrix, reals<double>(by, "factor", n), stride, begin, end);
     } else {
-      kernels().scale_float(matrix, reals<float>(by, "factor", n), stride, begin, end);
+      kernels().scale_float(matrix, matrix, reals<float>(by, "factor", n), stride, begin, end);
     }
   });
 }
@@ -83,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("distillation_loss_backward", TORCH_BOX(&distillation_loss_backward<backward>));
   m.impl("distillation_loss_and_grad", TORCH_BOX(&distillation_loss_and_grad<forward>));
   m.impl("distillation_loss_and_grad_", TORCH_BOX(&distillation_loss_and_grad_<forward>));
+  m.impl("distillation_loss_and_grad_into", TORCH_BOX(&distillation_loss_and_grad_into<forward>));
   m.impl("scale_rows_", TORCH_BOX(&scale_rows_));
 }
 

@@ -123,7 +123,7 @@ class Work {
       }
       static_cast<Real*>(parts.data_ptr())[i] = static_cast<Real>(part);
       all += part;
-      if (layer.variance_sums != nullptr) variance_gradient(i, layer, pieces);
+      if (gradients[problem_.count + i].numel() > 0) variance_gradient(i, layer, pieces);
     }
     if (!none) losses[0] = static_cast<Real>(all);
     return {loss, parts};

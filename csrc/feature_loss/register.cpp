@@ -32,9 +32,10 @@ void scale_features_(std::vector<Tensor> grads, Tensor factor) {
     Matrix last{matrix.row(rows), matrix.dtype, columns, rest};
     auto scale = [&](const Matrix& m, int64_t begin, int64_t end) {
       if (dtype_of(factor) == Dtype::float64) {
-        kd::kernels().scale_double(m, static_cast<const double*>(factor.data_ptr()), 0, begin, end);
+        kd::kernels().scale_double(m, m, static_cast<const double*>(factor.data_ptr()), 0, begin,
+                                   end);
       } else {
-        kd::kernels().scale_float(m, reals<float>(factor, "factor", 1), 0, begin, end);
+        kd::kernels().scale_float(m, m, reals<float>(factor, "factor", 1), 0, begin, end);
       }
     };
     torch::stable::parallel_for(0, rows, 4,

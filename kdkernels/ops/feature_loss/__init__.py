@@ -71,7 +71,7 @@ def feature_loss(
 
     Args:
         student: one feature, or a list of one a layer: float64, float32, bfloat16 or float16, two
-            dimensions or more, any strides (channels_last, slices, expanded) without a copy.
+            to six dimensions, any strides (channels_last, slices, expanded) without a copy.
             Dimension 0 is the sample.
         teacher: as many, of the students' shapes; dtypes may differ, and for ``"attention"`` the
             number of channels.
@@ -341,6 +341,9 @@ def late_gradients(
 
 
 def differentiable(call: FeatureCall, *others: Tensor) -> list[Tensor]:
+    """What a second derivative would be taken of; asked for in a backward with a graph alone."""
+    if not torch.is_grad_enabled():
+        return []
     return [*others, *(x for x in call.tensors if x is not None and x.requires_grad)]
 
 
@@ -442,6 +445,8 @@ def _dim(name: str, dim: Any, feature: Tensor) -> int:
             f"a feature has shape {tuple(feature.shape)}; accepted: two dimensions or more, "
             "samples first"
         )
+    if rank > 6:
+        raise ValueError(f"a feature has {rank} dimensions; accepted: two to six")
     if dim is None:
         if rank > 5:
             raise ValueError(f"{name} is None with {rank} dimensions; accepted: an int")

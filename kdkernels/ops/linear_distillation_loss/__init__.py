@@ -19,6 +19,7 @@ its digits where the student is near its teacher (14 to 27 % of the gradient whe
 """
 
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ SCHEMAS = {
     "ScalarType student_operands, float? teacher_softcap, float teacher_logit_scale, "
     "ScalarType teacher_operands, SymInt chunk_rows, str backend, bool[] wanted, Tensor? upstream, "
     f"{OPTIONS}) -> (Tensor, Tensor, Tensor[])",
+    "distillation_loss_and_grad_into": f"(Tensor student, Tensor teacher, {OPTIONS}, "
+    "bool teacher_grad, Tensor(a!) grad) -> (Tensor loss, Tensor rows, Tensor teacher_grad)",
     "mm_float32_": "(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()",
     "scaled": "(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor",
 }
@@ -55,11 +58,12 @@ torch.library.register_fake("kdkernels::linear_distillation_loss")(
     reference.linear_distillation_loss_fake
 )
 
-# Bytes of the buffers that the chunks go through, where nobody says. Time over the matrix products
-# alone at V = 49152, Hs = Ht = 576, N = 1024 with chunks of 64, 128, 256 and 512 rows: float32
-# 1.79, 1.42, 1.33, 1.25; bfloat16 3.6, 2.7, 2.5, 2.4 (one reading, load average 1.8). This is 256
-# to 340 rows there, and leaves the whole call under 256 MiB beside its gradients.
-DEFAULT_MEMORY_BUDGET = 128 * 2**20
+# Bytes of the buffers that the chunks go through, where nobody says. At V = 49152 this is 512 rows
+# of two float32 heads and 1024 of two bfloat16 ones on the CPU (256 rows of logits at a time), and
+# leaves the whole call under 256 MiB beside its gradients. Time over the matrix products alone,
+# bfloat16, Hs = Ht = 576, N = 4096, with 128 and 192 MiB: 1.96 and 1.69 (processor time of one
+# thread on a loaded machine).
+DEFAULT_MEMORY_BUDGET = 192 * 2**20
 
 
 def linear_distillation_loss(
@@ -104,7 +108,7 @@ def linear_distillation_loss(
         student_logit_scale, teacher_logit_scale: z = scale·(hidden @ weight.T + bias), before the
             softcap (Cohere).
         chunk_rows: tokens whose logits exist at a time, at most; default from ``memory_budget``.
-        memory_budget: bytes of the chunks' buffers, at least one row; default 128 MiB. The float32
+        memory_budget: bytes of the chunks' buffers, at least one row; default 192 MiB. The float32
             sum of the weight's gradient comes on top.
         teacher_grad: also give the teacher's tensors their gradients; else they are detached.
         backend: None chooses (``kdkernels.explain``); it serves the rows, matrix products are
@@ -174,10 +178,11 @@ def linear_distillation_loss(
     tensors = _flattened(heads)
     if not teacher_grad:
         tensors = [*tensors[:3], *(x if x is None else x.detach() for x in tensors[3:])]
-    logit_bytes = _logit_bytes(student_softcap, transforms[2], gradient=True)
+    parts = reference.parts_of(transforms[2], student_hidden.device)
+    logit_bytes = reference.logit_bytes(transforms[2], transforms[0], True, parts)
     if heads.teacher_hidden is not None:
-        logit_bytes += _logit_bytes(teacher_softcap, transforms[5], teacher_grad)
-    chunk_rows = _chunk_rows(chunk_rows, memory_budget, vocab * logit_bytes)
+        logit_bytes += reference.logit_bytes(transforms[5], transforms[3], teacher_grad, parts)
+    chunk_rows = _chunk_rows(chunk_rows, memory_budget, math.ceil(vocab * logit_bytes))
     config = (*transforms, chunk_rows, chosen)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         loss, stats = _Linear.apply(*tensors, config, row)
@@ -200,7 +205,9 @@ class LinearDistillationLoss(nn.Module):
     The heads stay their models': they are not submodules of the loss, whose ``parameters()`` and
     ``state_dict()`` are empty. A head is used through its weight and bias, so one that does
     something else (a LoRA adapter, a quantised weight, a hook) raises TypeError; a parametrised
-    ``nn.Linear`` is used through its effective weight.
+    ``nn.Linear`` is used through its effective weight. One that FSDP2's ``fully_shard`` was given
+    is gathered (``head.unshard()``), and stays so until FSDP2 frees it: after the backward, where
+    that gives it a gradient.
     """
 
     def __init__(
@@ -210,7 +217,9 @@ class LinearDistillationLoss(nn.Module):
         check_names("LinearDistillationLoss", options, [*_KEYWORDS, *_OPTIONS])
         self._heads = (student_head, teacher_head)  # a tuple's modules are not registered
         self.options = options
-        self._head_tensors()
+        for name, head in zip(("student_head", "teacher_head"), self._heads, strict=True):
+            if head is not None:
+                _check_head(name, head)
 
     def forward(
         self,
@@ -233,6 +242,9 @@ class LinearDistillationLoss(nn.Module):
         for name, head in zip(("student", "teacher"), self._heads, strict=True):
             if head is None or (name == "teacher" and not teacher):
                 continue
+            gather: Any = getattr(head, "unshard", None)
+            if gather is not None:  # its forward, before which FSDP2 would gather it, never runs
+                gather()
             _check_head(f"{name}_head", head)
             result |= {f"{name}_weight": head.weight, f"{name}_bias": head.bias}
         return result
@@ -321,6 +333,12 @@ def _check_heads(heads: _Heads, vocab_size: Any) -> int:
             )
         columns["teacher_logits"] = shape[-1]
     for name, value in heads._asdict().items():
+        if hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}; accepted: an ordinary tensor. Under FSDP2 "
+                "call the loss inside the forward of the module that fully_shard was given, whose "
+                "weights are gathered there, or call that module's unshard() first"
+            )
         if value is not None and value.device != student.device:
             raise ValueError(
                 f"{name} is on {value.device}; accepted: student_hidden's device {student.device}"
@@ -378,13 +396,6 @@ def _chunk_rows(chunk_rows: Any, memory_budget: Any, row_bytes: int) -> int:
     return chunk_rows
 
 
-def _logit_bytes(softcap: float | None, operands: torch.dtype, gradient: bool) -> int:
-    """What one logit takes in the buffers of reference._Head and of the row op."""
-    size = reference.head_dtype(operands).itemsize
-    rounded = 2 if operands == torch.bfloat16 and gradient else 0
-    return size + rounded + (0 if softcap is None else size)
-
-
 def _flattened(heads: _Heads) -> list[Tensor | None]:
     """Hidden states with two dimensions; logits too where that takes no copy."""
     result = list(heads)
@@ -411,24 +422,32 @@ def _check_head(name: str, head: Any) -> None:
     kind = type(head)
     if parametrize.is_parametrized(head):
         kind = kind.__mro__[1]
+    if hasattr(head, "unshard"):  # fully_shard made its class from FSDPModule and this one
+        kind = kind.__mro__[2]
     if kind is not nn.Linear:
         raise TypeError(
             f"{name} is a {kind.__module__}.{kind.__qualname__}; accepted: nn.Linear, whose output "
             "is hidden @ weight.T + bias (merge an adapter, dequantise a weight, or call "
             "linear_distillation_loss with the effective weight)"
         )
-    hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    if hooked:
+    hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
+    of_fsdp = "torch.distributed.fsdp"  # they only gather and free the weight
+    hooked = any(not getattr(hook, "__module__", "").startswith(of_fsdp) for hook in hooks)
+    if hooked or "forward" in vars(head):
         raise TypeError(
             f"{name} has forward hooks or a replaced forward, which a loss that reads its weight "
             "would pass by; accepted: nn.Linear without them"
         )
     for part in ("weight", "bias"):
         value = getattr(head, part)
-        if value is not None and type(value) not in (Tensor, nn.Parameter, FakeTensor):
+        # A DTensor may be gathered by the time of the call, which refuses one that is not.
+        ordinary = type(value) in (Tensor, nn.Parameter, FakeTensor) or hasattr(
+            value, "full_tensor"
+        )
+        if value is not None and not ordinary:
             raise TypeError(
                 f"{name}.{part} is a {type(value).__name__}; accepted: an ordinary tensor "
-                "(dequantise it, or gather its shards)"
+                "(dequantise it)"
             )
 
 

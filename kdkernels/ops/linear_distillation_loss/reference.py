@@ -33,21 +33,32 @@ def mm_float32_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
                 out[i, j].addmm_(left, b[p, j].float())
 
 
-def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad (rows, columns) or (rows,) times a 0-d factor in another dtype, rounded once.
-
-    An eighth at a time through one buffer: torch.mul into another dtype makes a whole temporary.
-    Not smaller, because on a busy machine each parallel region waits for its last thread.
+def distillation_loss_and_grad_into(
+    student: Tensor, teacher: Tensor, *args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """distillation_loss_and_grad of kdkernels.ops.distillation_loss, with the student's gradient
+    written into ``grad``, the last argument, rounded to its dtype.
     """
-    factor = factor.to(grad.dtype)
-    if dtype == grad.dtype:
-        return grad * factor
+    *options, grad = args
+    loss, rows, student_grad, teacher_grad = row_reference.distillation_loss_and_grad(
+        student, teacher, *options
+    )
+    grad.copy_(student_grad)
+    return loss, rows, teacher_grad
+
+
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad (rows, columns) or (rows,) times a 0-d factor in another dtype, rounded once. What is 0,
+    as in masked rows, stays 0 whatever the factor is.
+
+    An eighth at a time: all at once makes several whole temporaries.
+    """
+    factor = factor.to(torch.promote_types(grad.dtype, factor.dtype))
     result = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
     step = max(1, -(-len(grad) // 8))
-    buffer = torch.empty_like(grad[:step])
     for start in range(0, len(grad), step):
         tile = grad[start : start + step]
-        result[start : start + step] = torch.mul(tile, factor, out=buffer[: len(tile)])
+        result[start : start + step] = torch.where(tile == 0, 0.0, tile * factor)
     return result
 
 
@@ -59,6 +70,31 @@ def _tiles(size: int) -> list[slice]:
 def head_dtype(operands: torch.dtype) -> torch.dtype:
     """Of a head's logits and of what its gradients are summed in."""
     return torch.float64 if operands == torch.float64 else torch.float32
+
+
+def gradient_dtype(operands: torch.dtype) -> torch.dtype:
+    """Of a head's gradient by its logits, in the products with it. bfloat16 costs a relative error
+    of 0.2 % in the end; in float16 what is small would be lost.
+    """
+    return operands if operands == torch.bfloat16 else head_dtype(operands)
+
+
+def parts_of(operands: torch.dtype, device: torch.device) -> int:
+    """In how many parts the logits of a chunk are made, whose gradient is then multiplied at once.
+
+    A bfloat16 gradient takes a fourth of two float32 logits: many rows of it and few of those make
+    the most of the memory, where the product that gives logits is as fast with few rows (CPU). A
+    float32 one is written over the logits: nothing is to be had.
+    """
+    return 4 if operands == torch.bfloat16 and device.type == "cpu" else 1
+
+
+def logit_bytes(operands: torch.dtype, softcap: float | None, gradient: bool, parts: int) -> float:
+    """What one logit of a head takes in the buffers of a chunk."""
+    size = head_dtype(operands).itemsize
+    whole = gradient_dtype(operands).itemsize if gradient else 0
+    of_a_part = (whole != size) + (softcap is not None)
+    return whole + of_a_part * size / parts
 
 
 def gradients_like(
@@ -109,11 +145,24 @@ class _Head:
         self.by_hidden, self.by_weight, self.by_bias = self.grads
         self.by_hidden.zero_()
         self.by_bias.zero_()
+        self.wants_products = self.wants_hidden or self.wants_weight
+        self.product_dtype = gradient_dtype(operands) if self.wants_products else self.dtype
         self.differentiated = False
         self.buffers: dict[str, Tensor] = {}
 
-    def logits(self, rows: Any, size: int) -> Tensor:
-        out = self._buffer("logits", size, self.dtype)
+    def start(self, size: int) -> None:
+        """A chunk of that many rows begins, of which the logits then come part by part."""
+        if self.wants_products:
+            self.by_logits = self._buffer("by_logits", size, self.product_dtype)
+
+    def logits(self, rows: Any, part: slice) -> Tensor:
+        """Of the chunk's rows at ``part``; where their gradient is not rounded they lie where it
+        is wanted.
+        """
+        if self.wants_products and self.product_dtype == self.dtype:
+            out = self.by_logits[part]
+        else:
+            out = self._buffer("logits", part.stop - part.start, self.dtype)
         self._product(out, self._hidden(rows), self.weight.t(), accumulate=False)
         if self.scale != 1:
             out.mul_(self.scale)
@@ -122,34 +171,41 @@ class _Head:
         if self.softcap is not None:
             out.div_(self.softcap).tanh_()
             # For the chain rule: the gradient is going to be written over the logits.
-            slope = self._buffer("slope", size, self.dtype)
+            slope = self._buffer("slope", len(out), self.dtype)
             torch.addcmul(out.new_ones(()), out, out, value=-1, out=slope)
             out.mul_(self.softcap)
         return out
 
-    def differentiate(self, rows: Any, by_logits: Tensor) -> None:
-        """Take in the gradient of these rows' logits, which is written over."""
+    def row_gradient(self, part: slice) -> Tensor | None:
+        """Where a row kernel may write the rounded gradient itself, which saves a pass over it;
+        None where something is left to do with the unrounded one.
+        """
+        plain = self.softcap is None and self.scale == 1 and not self.wants_bias
+        narrow = self.wants_products and self.product_dtype != self.dtype
+        return self.by_logits[part] if plain and narrow else None
+
+    def take(self, part: slice, by_logits: Tensor) -> None:
+        """The gradient of the logits of the chunk's rows at ``part``, which is written over."""
         if self.softcap is not None:
             by_logits.mul_(self.buffers["slope"][: len(by_logits)])
         if self.scale != 1:
             by_logits.mul_(self.scale)
-        vocab = by_logits.shape[1]
         if self.wants_bias:
-            self.by_bias[:vocab] += by_logits.sum(0)
-        if self.operands == torch.bfloat16 and (self.wants_hidden or self.wants_weight):
-            # Relative error 0.2 % in the end. In float16 what is small would be lost: that stays
-            # float32.
-            rounded = self._buffer("rounded", len(by_logits), torch.bfloat16)
-            by_logits = rounded.copy_(by_logits)
+            self.by_bias[: by_logits.shape[1]] += by_logits.sum(0)
+        if self.wants_products and by_logits.data_ptr() != self.by_logits[part].data_ptr():
+            self.by_logits[part] = by_logits
+
+    def differentiate(self, rows: Any) -> None:
+        """The products with the chunk's gradient, once it is whole."""
         if self.wants_hidden:
             # bfloat16 to bfloat16 is one rounding too, and torch.mm's is the faster product.
             dtype = self.operands if self.operands == self.by_hidden.dtype else self.dtype
-            chunk = self.weight.new_empty(len(by_logits), self.weight.shape[1], dtype=dtype)
-            self._product(chunk, by_logits, self.weight, accumulate=False)
+            chunk = self.weight.new_empty(len(self.by_logits), self.weight.shape[1], dtype=dtype)
+            self._product(chunk, self.by_logits, self.weight, accumulate=False)
             self.by_hidden[rows] = chunk.to(self.by_hidden.dtype)
         if self.wants_weight:
-            total = self.by_weight[:vocab]
-            self._product(total, by_logits.t(), self._hidden(rows), self.differentiated)
+            total, by_logits = self.by_weight[: len(self.weight)], self.by_logits.t()
+            self._product(total, by_logits, self._hidden(rows), self.differentiated)
         self.differentiated = True
 
     def finish(self) -> list[Tensor]:
@@ -192,12 +248,19 @@ class _Logits:
         self.given, self.vocab, self.dtype = logits, vocab, logits.dtype
         self.grad = torch.zeros_like(logits) if wanted else logits.new_empty(0)
 
-    def logits(self, rows: Any, size: int) -> Tensor:
-        chunk = self.given[self._place(rows)][:, : self.vocab]
+    def start(self, size: int) -> None:
+        pass
+
+    def logits(self, rows: Any, part: slice) -> Tensor:
+        self.rows = self._place(rows)
+        chunk = self.given[self.rows][:, : self.vocab]
         return chunk if chunk.stride(1) == 1 else chunk.contiguous()
 
-    def differentiate(self, rows: Any, by_logits: Tensor) -> None:
-        self.grad[..., : self.vocab][self._place(rows)] = by_logits
+    def take(self, part: slice, by_logits: Tensor) -> None:
+        self.grad[..., : self.vocab][self.rows] = by_logits
+
+    def differentiate(self, rows: Any) -> None:
+        pass
 
     def _place(self, rows: Any) -> Any:
         """Where leading dimensions flatten to no single stride, rows are found one by one: a copy
@@ -274,26 +337,41 @@ def linear_distillation_loss(
         loss = torch.zeros(n if per_token else (), dtype=compute, device=device)
         total = torch.zeros((), dtype=torch.float64, device=device)
         stats = torch.zeros(len(STATS) if with_stats else 0, n, dtype=compute, device=device)
-        for rows, size in _chunks(n, chunk_rows, counts):
-            s = student.logits(rows, size)
-            t = s if teacher is None else teacher.logits(rows, size)
-            of_chunk = [_at(value, rows, n) for value in option.values()]
-            if any(wanted):
-                part, lines, by_teacher = run("distillation_loss_and_grad_")(
-                    s, t, *of_chunk, any(wanted[3:])
-                )
-                if any(wanted[:3]):
-                    student.differentiate(rows, s)
+        rounds_in_rows = backend == "cpp" and device.type == "cpu"
+        part_rows = -(-chunk_rows // parts_of(student_operands, device))
+        for chunk, size in _chunks(n, chunk_rows, counts):
+            student.start(size)
+            if teacher is not None:
+                teacher.start(size)
+            for part, rows in _parts(chunk, size, part_rows):
+                s = student.logits(rows, part)
+                t = s if teacher is None else teacher.logits(rows, part)
+                of_part = [_at(value, rows, n) for value in option.values()]
+                narrow = student.row_gradient(part) if rounds_in_rows else None
+                if not any(wanted):
+                    loss_of_part, lines = run("distillation_loss")(s, t, *of_part)
+                elif narrow is not None:
+                    loss_of_part, lines, by_teacher = run("distillation_loss_and_grad_into")(
+                        s, t, *of_part, any(wanted[3:]), narrow
+                    )
+                else:
+                    loss_of_part, lines, by_teacher = run("distillation_loss_and_grad_")(
+                        s, t, *of_part, any(wanted[3:])
+                    )
+                    if any(wanted[:3]):
+                        student.take(part, s)
                 if teacher is not None and any(wanted[3:]):
-                    teacher.differentiate(rows, by_teacher)
-            else:
-                part, lines = run("distillation_loss")(s, t, *of_chunk)
-            if per_token:
-                loss[rows] = part
-            else:
-                total += part
-            if with_stats:
-                stats[:, rows] = lines[len(row_reference.ROWS) :]
+                    teacher.take(part, by_teacher)
+                if per_token:
+                    loss[rows] = loss_of_part
+                else:
+                    total += loss_of_part
+                if with_stats:
+                    stats[:, rows] = lines[len(row_reference.ROWS) :]
+            if any(wanted[:3]):
+                student.differentiate(chunk)
+            if teacher is not None and any(wanted[3:]):
+                teacher.differentiate(chunk)
         if teacher is None and with_stats:
             stats[OF_THE_TEACHER] = 0
         grads = student.finish()
@@ -403,6 +481,17 @@ def _chunks(n: int, chunk_rows: int, counts: Tensor) -> Iterator[tuple[Any, int]
         stop = min(start + size, n)
         rows = slice(start, stop) if numbers is None else numbers[start:stop]
         yield rows, stop - start
+
+
+def _parts(chunk: Any, size: int, part_rows: int) -> Iterator[tuple[slice, Any]]:
+    """(place in the chunk, rows) of each part of it, all of about one size."""
+    step = -(-size // -(-size // part_rows))
+    for start in range(0, size, step):
+        part = slice(start, min(start + step, size))
+        if isinstance(chunk, slice):
+            yield part, slice(chunk.start + part.start, chunk.start + part.stop)
+        else:
+            yield part, chunk[part]
 
 
 def _at(value: Any, rows: Any, n: int) -> Any:

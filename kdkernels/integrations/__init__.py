@@ -1,0 +1,1 @@
+"""kdkernels inside other libraries; each module imports its library, nothing else imports them."""
