@@ -1,7 +1,8 @@
-// The CUDA launchers of feature_loss as C functions, for tests/emulate_features.py.
+// The CUDA launchers of feature_loss and joint_distillation_loss as C functions, for tests/emulate_features.py.
 #include <cstring>
 
 #include "feature_loss/cuda.h"
+#include "joint_distillation_loss/cuda.h"
 
 #define KD_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -77,6 +78,7 @@ int report(const kd::CudaStatus& status, char* text) {
 }  // namespace
 
 KD_EXPORT int64_t kd_layer_bytes() { return sizeof(GivenLayer); }
+KD_EXPORT int64_t kd_logits_bytes() { return sizeof(kd::Problem<float>); }
 KD_EXPORT int kd_feature_workspace(const GivenProblem* given, int64_t* bytes, char* text) {
   DeviceProblem problem = problem_of(*given);
   return report(cuda_prepare(problem, bytes), text);
@@ -85,7 +87,7 @@ KD_EXPORT int kd_feature_loss(const GivenProblem* given, void* workspace, char* 
   DeviceProblem problem = problem_of(*given);
   int64_t bytes = 0;
   kd::CudaStatus status = cuda_prepare(problem, &bytes);
-  if (status.code == 0) status = cuda_feature_loss(problem, workspace, nullptr);
+  if (status.code == 0) status = cuda_feature_loss(problem, 0, nullptr, workspace, nullptr);
   return report(status, text);
 }
 KD_EXPORT int kd_scale_features(int64_t n, char* const* data, const int64_t* dtypes,
@@ -95,4 +97,11 @@ KD_EXPORT int kd_scale_features(int64_t n, char* const* data, const int64_t* dty
     grads.push_back({data[i], static_cast<kd::Dtype>(dtypes[i]), sizes[i]});
   }
   return report(cuda_scale_features(grads, factor, nullptr), text);
+}
+KD_EXPORT int kd_joint(const kd::Problem<float>* logits, const GivenProblem* given, float* part,
+                       int64_t* bytes, void* workspace, char* text) {
+  kd::joint::DeviceProblem problem{*logits, problem_of(*given), part};
+  kd::CudaStatus status = kd::joint::cuda_prepare(problem, bytes);
+  if (status.code == 0 && workspace) status = cuda_joint(problem, workspace, nullptr);
+  return report(status, text);
 }

@@ -1,7 +1,8 @@
-"""feature_loss's CUDA implementation on CPU tensors; as emulate.py, whose tools it uses.
+"""feature_loss's and joint_distillation_loss's CUDA implementation on CPU tensors; as emulate.py,
+whose tools it uses.
 
-``cuda(op, *args, arch=, check=, **options) -> (result, record)``. Layers are laid out here in
-Python, as csrc/feature_loss/ops.h does it with torch's tensors.
+``cuda(op, *args, arch=, check=, **options) -> (result, record)``. Layers are laid out in Python, as
+csrc/feature_loss/ops.h does it with torch's tensors.
 """
 
 import contextlib
@@ -12,9 +13,16 @@ import emulate
 import torch
 
 from kdkernels.ops import _backend
+from kdkernels.ops.distillation_loss import OPTION_NAMES
 from kdkernels.ops.feature_loss import METRICS, REDUCTIONS
+from kdkernels.ops.feature_loss.triton_kernels import layout
 
-SOURCES = ("csrc/feature_loss/cuda.cu", "tests/emulate_features.cpp")
+SOURCES = (
+    *(source for source in emulate.SOURCES if "distillation_loss" in source),
+    "csrc/feature_loss/cuda.cu",
+    "csrc/joint_distillation_loss/cuda.cu",
+    "tests/emulate_features.cpp",
+)
 _REDUCTIONS = ("batchmean", "sum", "none", "mean")  # csrc/distillation_loss/problem.h
 assert {*_REDUCTIONS} == {*REDUCTIONS}
 
@@ -50,46 +58,15 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def _merged(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """(size, strides…) outermost first, neighbours merged."""
-    result: list[tuple[int, ...]] = []
-    for size, *strides in sorted(dims, key=lambda d: -d[1] if d[1] else -(2**62)):
-        if size == 1:
-            continue
-        if result and all(a == b * size for a, b in zip(result[-1][1:], strides, strict=True)):
-            size *= result.pop()[0]
-        result.append((size, *strides))
-    return result
-
-
 def _layer(student, teacher, gradient, mask, variance, variance_gradient, dim, elementwise):
-    tensors = [student, teacher, student if gradient is None else gradient]
-    of_mask = mask.unsqueeze(dim) if mask is not None else student
-
-    def strides(k):
-        return tuple(x.stride(k) for x in (*tensors, of_mask))
-
-    dims = [(student.shape[k], *strides(k)) for k in range(1, student.dim()) if k != dim]
-    channel = (student.shape[dim], *strides(dim))
-    if elementwise and mask is None and len(_merged([*dims, channel])) <= 1:
-        dims, channel = [*dims, channel], (1, 0, 0, 0, 0)
-    dims = _merged(dims)
-    outer = [(1, 0, 0, 0, 0)] * (4 - len(dims)) + dims
+    sizes, strides = layout(student, teacher, gradient, mask, dim, elementwise)
+    merged = sizes[-1] != student.shape[dim]
     layer = _Layer()
-    merged = channel[0] == 1
-    layer.sizes = (ctypes.c_int64 * 7)(
-        student.shape[0],
-        *(d[0] for d in outer),
-        channel[0],
-        1 if merged else teacher.shape[dim],
-    )
-    for k, (name, x) in enumerate(
-        {"student": student, "teacher": teacher, "gradient": gradient, "mask": mask}.items()
-    ):
+    layer.sizes = (ctypes.c_int64 * 7)(*sizes, 1 if merged else teacher.shape[dim])
+    tensors = {"student": student, "teacher": teacher, "gradient": gradient, "mask": mask}
+    for (name, x), s in zip(tensors.items(), strides, strict=True):
         if x is not None:
-            channel_stride = 0 if name == "mask" else channel[1 + k]
-            s = (x.stride(0), *(d[1 + k] for d in outer), channel_stride)
-            setattr(layer, name, _feature(x, s))
+            setattr(layer, name, _feature(x, (s.sample, *s.outer, s.inner, s.channel)))
     if variance is not None:
         layer.variance = _feature(variance, (0, 0, 0, 0, 0, variance.stride(0)))
     if variance_gradient is not None:
@@ -110,13 +87,58 @@ def library(arch: str):
         [root / source for source in SOURCES], arch=arch, include_dirs=[root / "csrc"]
     )
     lib = emulate._for_device(lib, ptxrun.device_for(arch))
-    lib.kd_layer_bytes.restype = ctypes.c_int64
+    for name in ("kd_layer_bytes", "kd_logits_bytes"):
+        getattr(lib, name).restype = ctypes.c_int64
     assert lib.kd_layer_bytes() == ctypes.sizeof(_Layer)
+    assert lib.kd_logits_bytes() == ctypes.sizeof(emulate._Problem)
     return lib
 
 
 class Implementation(emulate.Implementation):
-    def feature_loss(
+    def feature_loss(self, students, *arguments):
+        problem, loss, parts, grads, tracked = self._features(students, *arguments)
+        size = ctypes.c_int64()
+        self._run(self.lib.kd_feature_workspace, ctypes.byref(problem), ctypes.byref(size))
+        workspace = torch.full((size.value,), 0x7F).byte()
+        self._run(
+            self.lib.kd_feature_loss,
+            ctypes.byref(problem),
+            ctypes.c_void_p(workspace.data_ptr()),
+            loss=loss,
+            parts=parts,
+            workspace=workspace,
+            **tracked,
+        )
+        return loss, parts, grads
+
+    def joint_distillation_loss(self, student, teacher, *args):
+        *arguments, wants_student, wanted = args
+        options, features = arguments[: len(OPTION_NAMES)], arguments[len(OPTION_NAMES) :]
+        gradient = emulate._fresh(student) if wants_student else None
+        logits, loss, tensors = self._forward_problem(student, teacher, options, gradient, None)
+        problem, _, parts, grads, tracked = self._features(*features, None, wanted)
+        part = torch.full((1,), torch.nan)
+        problem.loss = loss.data_ptr()
+        size = ctypes.c_int64()
+        call = (ctypes.byref(logits), ctypes.byref(problem), ctypes.c_void_p(part.data_ptr()))
+        self._run(self.lib.kd_joint, *call, ctypes.byref(size), None)
+        workspace = torch.full((size.value,), 0x7F).byte()
+        self._run(
+            self.lib.kd_joint,
+            *call,
+            ctypes.byref(size),
+            ctypes.c_void_p(workspace.data_ptr()),
+            loss=loss,
+            part=part,
+            parts=parts,
+            workspace=workspace,
+            **{f"logits_{name}": x for name, x in tensors.items()},
+            **tracked,
+        )
+        rows = tensors["rows"]
+        return loss, rows, torch.cat([part, parts]), emulate._or_empty(gradient, student), grads
+
+    def _features(
         self,
         students,
         teachers,
@@ -132,6 +154,7 @@ class Implementation(emulate.Implementation):
         upstream,
         wanted,
     ):
+        """(problem, loss, parts, gradients, every other tensor that it may touch)."""
         n, none = len(students), reduction == "none"
         grads = [
             torch.full_like(x, torch.nan) if w else x.new_empty(0)
@@ -171,9 +194,6 @@ class Implementation(emulate.Implementation):
             loss.data_ptr(),
             parts.data_ptr(),
         )
-        size = ctypes.c_int64()
-        self._run(self.lib.kd_feature_workspace, ctypes.byref(problem), ctypes.byref(size))
-        workspace = torch.full((size.value,), 0x7F).byte()
         tracked = {"weights": weights_tensor, "upstream": upstream}
         for name, tensors in (
             ("student", students),
@@ -184,17 +204,9 @@ class Implementation(emulate.Implementation):
             ("variance_grad", variance_grads),
         ):
             tracked |= {f"{name}{i}": x for i, x in enumerate(tensors)}
-        self._run(
-            self.lib.kd_feature_loss,
-            ctypes.byref(problem),
-            ctypes.c_void_p(workspace.data_ptr()),
-            loss=loss,
-            parts=parts,
-            workspace=workspace,
-            **tracked,
-        )
         empty = [students[0].new_empty(0) if v is None else v for v in variance_grads]
-        return loss, parts, grads + empty
+        problem.kept = layers  # they live as long as what points to them
+        return problem, loss, parts, grads + empty, tracked
 
     def scale_features_(self, grads, factor):
         n = len(grads)

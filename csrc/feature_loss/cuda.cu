@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(family))
   __threadfence();
   double loss = add_up(all);
   if (threadIdx.x == 0 && !call.none) {
-    *call.loss = static_cast<float>(loss + (call.adds ? *call.loss : 0.f));
+    *call.loss = static_cast<float>(loss + (call.base ? *call.base : 0.f));
   }
 }
 
@@ -70,15 +70,17 @@ CudaStatus cuda_prepare(DeviceProblem& problem, int64_t* bytes) {
   return divide(problem, device, bytes);
 }
 
-CudaStatus cuda_feature_loss(const DeviceProblem& problem, void* workspace, CudaStream stream) {
+CudaStatus cuda_feature_loss(const DeviceProblem& problem, int first, const float* base,
+                             void* workspace, CudaStream stream) {
   Device device;
   CudaStatus status = current_device(kName, &device);
   if (status.code != 0) return status;
   int count = static_cast<int>(problem.layers.size());
-  for (int first = 0; first < count; first += kLayersALaunch) {
+  for (; first < count; first += kLayersALaunch) {
     Call call;
     KD_TRY(cudaMemsetAsync(workspace, 0, sizeof(Counters), stream), kName);
-    fill(call, problem, first, workspace);
+    fill(call, problem, first, base, workspace);
+    base = problem.loss;
     Kernel kernel = call.family == Family::elements   ? feature_pieces<Family::elements>
                     : call.family == Family::gaussian ? feature_pieces<Family::gaussian>
                     : call.family == Family::vectors  ? feature_pieces<Family::vectors>

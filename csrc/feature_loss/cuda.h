@@ -57,9 +57,11 @@ struct DeviceProblem {
 // Divides the layers among blocks; returns the bytes of device memory that the call needs beside
 // its results, which need not be cleared.
 CudaStatus cuda_prepare(DeviceProblem& problem, int64_t* bytes);
-// One launch for every kLayersALaunch layers.
+// The layers from `first` on, one launch for every kLayersALaunch of them. Where `base` is not null
+// the loss is that of these layers and *base.
 constexpr int kLayersALaunch = 32;
-CudaStatus cuda_feature_loss(const DeviceProblem& problem, void* workspace, CudaStream stream);
+CudaStatus cuda_feature_loss(const DeviceProblem& problem, int first, const float* base,
+                             void* workspace, CudaStream stream);
 
 // Dense tensors times a factor, in place, left alone where it is 1. One launch for every
 // kGradsALaunch of them.

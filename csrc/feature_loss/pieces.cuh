@@ -32,11 +32,11 @@ struct Call {
   float beta, inverse_beta;  // (the latter 0 where beta is)
   bool none;        // reduction
   bool waits;       // blocks wait for each other
-  bool adds;        // to what an earlier launch left in loss
   int count;
   const float* weights;
   const float* upstream;
   int64_t upstream_stride;
+  const float* base;  // what the loss is added to, if anything
   float* loss;
   float* parts;
   Counters* counters;

@@ -99,7 +99,8 @@ inline CudaStatus divide(DeviceProblem& problem, const Device& device, int64_t* 
 }
 
 // The launch of layers `first` to first + kLayersALaunch.
-inline void fill(Call& call, const DeviceProblem& problem, int first, void* workspace) {
+inline void fill(Call& call, const DeviceProblem& problem, int first, const float* base,
+                 void* workspace) {
   char* at = static_cast<char*>(workspace);
   call.counters = reinterpret_cast<Counters*>(at);
   call.divisors = reinterpret_cast<double*>(at + 16);
@@ -112,7 +113,7 @@ inline void fill(Call& call, const DeviceProblem& problem, int first, void* work
   call.beta = problem.beta;
   call.inverse_beta = problem.beta == 0 ? 0 : 1 / problem.beta;
   call.none = problem.reduction == Reduction::none;
-  call.adds = first > 0;
+  call.base = base;
   call.weights = problem.weights ? problem.weights + first : nullptr;
   call.upstream = problem.upstream;
   call.upstream_stride = problem.upstream_stride;

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> feature_loss(KD_FEATURES, Option
   // It returns to the allocator at the end of this function, which hands it out again in the order
   // of this stream: after the kernels.
   Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  check(cuda_feature_loss(problem, workspace.data_ptr(), stream_of(like)));
+  check(cuda_feature_loss(problem, 0, nullptr, workspace.data_ptr(), stream_of(like)));
   return {loss, work.parts, work.gradients};
 }
 

@@ -794,9 +794,9 @@ def _norms(layers, scales, maps, stats, values, firsts, half, samples):
                     d = unit - tl.load(map + half + k, inside, 0.0) * teacher_inverse
                     weight = tl.where(inside, 1.0, 0.0)
                     if layer.mask is not None:
-                        at = _offset(layer, layer.mask_strides, sample, k // layer.inner)
-                        at += k % layer.inner * layer.mask_strides.inner
-                        weight = tl.load(layer.mask + at, inside, 0.0)
+                        line = _offset(layer, layer.mask_strides, sample, k // layer.inner)
+                        line += k % layer.inner * layer.mask_strides.inner
+                        weight = tl.load(layer.mask + line, inside, 0.0)
                     value += _times(weight, d * d).to(tl.float64)
                     dots += (unit * _times(weight, 2 * d)).to(tl.float64)
                 to = stats + (i * samples + sample) * 3
@@ -807,8 +807,8 @@ def _norms(layers, scales, maps, stats, values, firsts, half, samples):
                 total = value.sum().to(tl.float32)
                 for start in range(0, pieces, BLOCK):
                     k = start + tl.arange(0, BLOCK)
-                    to = values + layer.first_piece + sample * pieces + k
-                    tl.store(to, tl.where(k == 0, total, 0.0), k < pieces)
+                    at = values + layer.first_piece + sample * pieces + k
+                    tl.store(at, tl.where(k == 0, total, 0.0), k < pieces)
 
 
 @triton.jit
