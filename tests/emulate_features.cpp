@@ -1,4 +1,5 @@
-// The CUDA launchers of feature_loss and joint_distillation_loss as C functions, for tests/emulate_features.py.
+// The CUDA launchers of feature_loss and joint_distillation_loss as C functions, for
+// tests/emulate_features.py.
 #include <cstring>
 
 #include "feature_loss/cuda.h"

@@ -15,7 +15,7 @@ import torch
 from kdkernels.ops import _backend
 from kdkernels.ops.distillation_loss import OPTION_NAMES
 from kdkernels.ops.feature_loss import METRICS, REDUCTIONS
-from kdkernels.ops.feature_loss.triton_kernels import layout
+from kdkernels.ops.feature_loss.layout import layout
 
 SOURCES = (
     *(source for source in emulate.SOURCES if "distillation_loss" in source),

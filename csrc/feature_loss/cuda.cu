@@ -109,8 +109,8 @@ CudaStatus cuda_scale_features(const std::vector<Flat>& grads, const float* fact
       most = grads[i].n > most ? grads[i].n : most;
     }
     if (most == 0) continue;
-    status = launch_rows(name, scale_features, call, (most + kThreads * kSlot - 1) / (kThreads * kSlot),
-                         device, stream);
+    status = launch_rows(name, scale_features, call,
+                         (most + kThreads * kSlot - 1) / (kThreads * kSlot), device, stream);
     if (status.code != 0) return status;
   }
   return {};

@@ -12,14 +12,14 @@ namespace kd::features {
 // A layer, and how blocks share it. A piece is a matrix whose columns are neighbours in memory:
 // positions × channels (`along`, the channels being the columns) or channels × positions.
 struct DeviceLayer : Layer<float> {
-  double weight = 1;           // the weights' tensor, where there is one, in its place
-  bool divides = false;        // by a sum of mask weights, found on the device
-  bool of_samples = false;     // that sum: of the samples' mean weights
-  double divisor_factor = 1;   // what it is multiplied by
-  bool along = false;          // channels are the columns
-  bool wide = false;           // 16 bytes at a time, everywhere
-  bool keeps = false;          // what a thread reads twice stays in shared memory
-  int lanes = 1;               // threads of a row
+  double weight = 1;          // the weights' tensor, where there is one, in its place
+  bool divides = false;       // by a sum of mask weights, found on the device
+  bool of_samples = false;    // that sum: of the samples' mean weights
+  double divisor_factor = 1;  // what it is multiplied by
+  bool along = false;         // channels are the columns
+  bool wide = false;          // 16 bytes at a time, everywhere
+  bool keeps = false;         // what a thread reads twice stays in shared memory
+  int lanes = 1;              // threads of a row
   int64_t pieces_a_sample = 0;
   Feature variance, variance_gradient;  // of (channels); no data where there is none
   float* maps = nullptr;   // Metric::attention: of the students' samples, then of the teachers'

@@ -30,8 +30,8 @@ struct Call {
   Family family;
   Metric metric;
   float beta, inverse_beta;  // (the latter 0 where beta is)
-  bool none;        // reduction
-  bool waits;       // blocks wait for each other
+  bool none;                 // reduction
+  bool waits;                // blocks wait for each other
   int count;
   const float* weights;
   const float* upstream;
@@ -271,7 +271,8 @@ struct Blocks {
       }
       first[0] = pair.first, second[0] = pair.second;
     } else {
-      float* shared = reinterpret_cast<float*>(shared_memory) + (exchanges++ % 2) * (kWarps * 8 * 17);
+      float* shared =
+          reinterpret_cast<float*>(shared_memory) + (exchanges++ % 2) * (kWarps * 8 * 17);
       int warp = threadIdx.x / 32, lane = threadIdx.x % lanes;
 #pragma unroll
       for (int step = 16; step > 0; step >>= 1) {
@@ -568,7 +569,7 @@ __device__ __noinline__ float vectors(Blocks& all, const At& at, float factor) {
 // Σ x² over a feature's channels at the positions of a piece, in device memory.
 template <bool kAlong, bool kWide>
 __device__ __noinline__ void map_piece(Blocks& all, const At& at, const Feature& feature,
-                                          int64_t channels, float* map) {
+                                       int64_t channels, float* map) {
   constexpr int P = kAlong ? 1 : kSlot;
   const DeviceLayer& l = at.l;
   View x = at.view(feature);

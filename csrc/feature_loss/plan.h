@@ -20,8 +20,8 @@ inline bool is_wide(const Feature& f, int64_t channels, const DeviceLayer& l) {
   int64_t size = size_of(f.dtype);
   auto multiple = [&](int64_t stride, int64_t n) { return n == 1 || stride * size % 16 == 0; };
   const Strides& s = f.strides;
-  bool wide = (l.along ? s.channel : s.inner) == 1 &&
-              (l.along ? channels : l.inner) % kSlot == 0 && reinterpret_cast<uint64_t>(f.data) % 16 == 0;
+  bool wide = (l.along ? s.channel : s.inner) == 1 && (l.along ? channels : l.inner) % kSlot == 0 &&
+              reinterpret_cast<uint64_t>(f.data) % 16 == 0;
   wide = wide && multiple(s.sample, l.samples);
   wide = wide && (l.along ? multiple(s.inner, l.inner) : multiple(s.channel, channels));
   for (int k = 0; k < kOuter; ++k) wide = wide && multiple(s.outer[k], l.outer[k]);
@@ -49,8 +49,7 @@ inline void divide(DeviceLayer& l, Family family, const Device& device, int* sha
   int64_t positions = up(elements, l.channels);
   if (l.along) {
     int64_t slots = up(l.channels, kSlot);
-    l.lanes = streams || slots > 256 ? power_of_two(slots, 128)
-                                                        : power_of_two(slots, 32);
+    l.lanes = streams || slots > 256 ? power_of_two(slots, 128) : power_of_two(slots, 32);
     int64_t rows = kThreads / l.lanes;
     positions = up(positions, rows) * rows;
     l.keeps = bytes_of(up(slots, l.lanes)) <= most;
@@ -59,7 +58,8 @@ inline void divide(DeviceLayer& l, Family family, const Device& device, int* sha
     }
   } else if (streams) {
     positions = std::max<int64_t>(up(positions, kSlot) * kSlot, l.channels == 1 ? 0 : 64);
-    l.lanes = power_of_two(up(std::min(positions, l.inner), kSlot), l.channels == 1 ? kThreads : 32);
+    l.lanes =
+        power_of_two(up(std::min(positions, l.inner), kSlot), l.channels == 1 ? kThreads : 32);
   } else {
     // Neighbouring positions of all channels: as many as let three blocks rest on a
     // multiprocessor.

@@ -1,9 +1,8 @@
 // The launcher of joint_distillation_loss: how many blocks rows and features get, and the launch.
-#include "cuda.h"
-
 #include "../distillation_loss/plan.h"
 #include "../feature_loss/plan.h"
 #include "blocks.cuh"
+#include "cuda.h"
 
 namespace kd::joint {
 

@@ -47,7 +47,9 @@ def both(op, *args, features):
         (2056, torch.float32, "cosine", True, dict(ce_weight=0.5), 1),
         (32000, torch.bfloat16, "smooth_l1", False, {}, 1),
         (100, torch.float32, "attention", True, dict(divergence="dkd"), 1),
-        (131, torch.float32, "gaussian_nll", False, dict(divergence="jsd"), 2),
+        (128256, torch.bfloat16, "l2", True, {}, 1),
+        (131, torch.float32, "gaussian_nll", False, {}, 1),
+        (131, torch.float32, "l2", False, dict(divergence="jsd"), 2),
     ],
 )
 def test_one_launch(vocab, dtype, metric, masked, options, launches):

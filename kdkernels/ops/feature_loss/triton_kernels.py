@@ -18,18 +18,12 @@ from torch import Tensor
 
 from .. import _triton
 from . import reference
+from .layout import Strides, layout
 
 ELEMENTS = 4096  # of a tile; 8 or 16 a thread
 LONGEST = 4096
 LAYERS_A_LAUNCH = 8  # each is compiled into the kernel
 SMALLEST_NORM = tl.constexpr(reference.SMALLEST_NORM)
-
-
-class Strides(NamedTuple):
-    sample: int
-    outer: tuple[int, int, int]
-    inner: int
-    channel: int
 
 
 class Layer(NamedTuple):
@@ -46,7 +40,7 @@ class Layer(NamedTuple):
     mask_strides: Strides
     log_variance_stride: int
     samples: int
-    outer: tuple[int, int, int]
+    outer: tuple[int, ...]
     inner: int
     channels: int
     teacher_channels: int
@@ -65,53 +59,6 @@ class Shape(NamedTuple):
     channels: int
     teacher_channels: int  # "attention" only
     whole: bool  # a vector lies in one tile
-
-
-def merged(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """(size, strides…) outermost first, neighbours merged, none of size 1."""
-    result: list[tuple[int, ...]] = []
-    for size, *strides in sorted(dims, key=lambda d: -d[1] if d[1] else -(2**62)):
-        if size == 1:
-            continue
-        if result and all(a == b * size for a, b in zip(result[-1][1:], strides, strict=True)):
-            size *= result.pop()[0]
-        result.append((size, *strides))
-    return result
-
-
-def layout(
-    student: Tensor,
-    teacher: Tensor,
-    gradient: Tensor | None,
-    mask: Tensor | None,
-    dim: int,
-    elementwise: bool,
-) -> tuple[list[int], list[Strides]]:
-    """Sizes (samples, outer…, inner, channels), and the strides of student, teacher, gradient and
-    mask. elementwise: channels need no distinction from positions.
-    """
-    tensors = [
-        student,
-        teacher,
-        student if gradient is None else gradient,
-        student if mask is None else mask.unsqueeze(dim),
-    ]
-    dims = [
-        (student.shape[k], *(x.stride(k) for x in tensors))
-        for k in range(1, student.dim())
-        if k != dim
-    ]
-    channel = (student.shape[dim], *(x.stride(dim) for x in tensors))
-    if elementwise and mask is None and len(merged([*dims, channel])) <= 1:
-        dims, channel = [*dims, channel], (1, 0, 0, 0, 0)
-    dims = merged(dims)
-    dims = [(1, 0, 0, 0, 0)] * (4 - len(dims)) + dims
-    sizes = [student.shape[0], *(d[0] for d in dims), channel[0]]
-    strides = [
-        Strides(x.stride(0), tuple(d[1 + k] for d in dims[:3]), dims[3][1 + k], channel[1 + k])
-        for k, x in enumerate(tensors)
-    ]
-    return sizes, strides
 
 
 def feature_loss(
@@ -155,7 +102,10 @@ def feature_loss(
             gradient,
             mask,
             variance,
-            *strides,
+            strides[0],
+            strides[1],
+            strides[2],
+            strides[3],
             0 if variance is None else variance.stride(0),
             samples,
             tuple(outer),
@@ -173,7 +123,7 @@ def feature_loss(
         shapes.append(shape)
         units += samples
         pieces += layer.pieces
-    real = dict(dtype=torch.float32, device=like.device)
+    real: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
     loss = torch.empty((n, like.shape[0]) if reduction == "none" else (), **real)
     parts, values = torch.empty(n, **real), torch.empty(pieces, **real)
     variance_grads = [
@@ -286,9 +236,7 @@ def _attention(some, tiles, scales, values, count, options) -> None:
     _maps[(count,)](some, maps, *where, TILES=tiles, **options)
     _norms[(samples, len(some))](some, scales, maps, stats, values, *where, samples, **options)
     if any(layer.gradient is not None for layer in some):
-        _map_gradients[(count,)](
-            some, scales, maps, stats, *where, samples, TILES=tiles, **options
-        )
+        _map_gradients[(count,)](some, scales, maps, stats, *where, samples, TILES=tiles, **options)
 
 
 def _of_samples(metric: str, reduction: str) -> bool:
@@ -326,9 +274,7 @@ def _shape(
     else:
         positions = width(inner, ELEMENTS if channels == 1 else 256)
         wide = width(channels, ELEMENTS // positions)
-    return Shape(
-        positions, wide, width(teacher_channels, ELEMENTS // positions), wide >= channels
-    )
+    return Shape(positions, wide, width(teacher_channels, ELEMENTS // positions), wide >= channels)
 
 
 # ---- on the device ----
@@ -373,19 +319,19 @@ def _weights(layer, sample, o, position):
 
 
 @triton.jit
-def _scale_of(layer, scales, I: tl.constexpr):
+def _scale_of(layer, scales, WHICH: tl.constexpr):
     weight = layer.weight
     if scales[0] is not None:
-        weight = tl.load(scales[0] + I)
+        weight = tl.load(scales[0] + WHICH)
     divisor = layer.divisor
     if scales[1] is not None and layer.mask is not None:
-        divisor = tl.load(scales[1] + I)
+        divisor = tl.load(scales[1] + WHICH)
     return weight / divisor
 
 
 @triton.jit
-def _factor_of(layer, scales, sample, I: tl.constexpr):
-    scale = _scale_of(layer, scales, I)
+def _factor_of(layer, scales, sample, WHICH: tl.constexpr):
+    scale = _scale_of(layer, scales, WHICH)
     if scales[2] is not None:
         up = tl.load(scales[2] + (layer.first_unit + sample) * scales[3])
         scale = tl.where(scale == 0, 0.0, scale * up)
@@ -464,7 +410,7 @@ def _stream(
     inverse_beta,
     program,
     piece,
-    I: tl.constexpr,
+    WHICH: tl.constexpr,
     TILE: tl.constexpr,
     METRIC: tl.constexpr,
 ):
@@ -473,7 +419,7 @@ def _stream(
     CHANNELS: tl.constexpr = TILE[1]
     sample, o, position = _at(layer, piece - layer.first_piece, POSITIONS)
     weight = _weights(layer, sample, o, position)
-    factor = _factor_of(layer, scales, sample, I)
+    factor = _factor_of(layer, scales, sample, WHICH)
     w = weight[:, None]
     total = tl.zeros((POSITIONS, CHANNELS), tl.float32)
     for start in range(0, layer.channels, CHANNELS):
@@ -515,7 +461,7 @@ def _vectors(
     beta,
     inverse_beta,
     piece,
-    I: tl.constexpr,
+    WHICH: tl.constexpr,
     TILE: tl.constexpr,
     METRIC: tl.constexpr,
 ):
@@ -525,15 +471,13 @@ def _vectors(
     WHOLE: tl.constexpr = TILE[3]
     sample, o, position = _at(layer, piece - layer.first_piece, POSITIONS)
     weight = _weights(layer, sample, o, position)
-    factor = _factor_of(layer, scales, sample, I)
+    factor = _factor_of(layer, scales, sample, WHICH)
     counts = weight != 0
     if WHOLE:
         channel, inside, reads, s, t = _tile(layer, sample, o, position, counts, 0, CHANNELS)
         inverse = _inverse(tl.sum(s * s, 1))
         teacher_inverse = _inverse(tl.sum(t * t, 1))
-        unit, phi, slope = _unit_terms(
-            s, t, inverse, teacher_inverse, beta, inverse_beta, METRIC
-        )
+        unit, phi, slope = _unit_terms(s, t, inverse, teacher_inverse, beta, inverse_beta, METRIC)
         phi = tl.sum(tl.where(reads, phi, 0.0), 1)
         dot = tl.sum(tl.where(reads, unit * slope, 0.0), 1)
     else:
@@ -601,9 +545,7 @@ def _one_pass(
         begins = piece >= layer.first_piece
         if begins & (piece < layer.first_piece + layer.pieces):
             if VECTORS:
-                _vectors(
-                    layer, scales, values, beta, inverse_beta, piece, i, TILES[i], METRIC
-                )
+                _vectors(layer, scales, values, beta, inverse_beta, piece, i, TILES[i], METRIC)
             else:
                 _stream(
                     layer,
@@ -656,9 +598,10 @@ def _divisors(layers, divisors, factors, OF_SAMPLES: tl.constexpr):
                     counted = tl.zeros((BLOCK,), tl.float64)
                     for start in range(0, size * layer.inner, BLOCK):
                         position = start + tl.arange(0, BLOCK).to(tl.int64)
-                        at = _offset(
-                            layer, layer.mask_strides, sample, position // layer.inner
-                        ) + position % layer.inner * layer.mask_strides.inner
+                        at = (
+                            _offset(layer, layer.mask_strides, sample, position // layer.inner)
+                            + position % layer.inner * layer.mask_strides.inner
+                        )
                         inside = position < size * layer.inner
                         weight = tl.load(layer.mask + at, inside, 0.0)
                         weights += weight.to(tl.float64)
@@ -832,16 +775,16 @@ def _map_gradients(layers, scales, maps, stats, firsts, half, samples, TILES: tl
                 unit = tl.load(at, inside, 0.0) * inverse
                 d = unit - tl.load(at + half, inside, 0.0) * teacher_inverse
                 slope = weight * (2 * d)
-                by = tl.where(weight != 0, _times(factor, 2 * ((slope - unit * dot) * inverse)), 0.0)
+                by = tl.where(
+                    weight != 0, _times(factor, 2 * ((slope - unit * dot) * inverse)), 0.0
+                )
                 counts = (weight != 0) & (factor != 0)
                 start = _offset(layer, layer.student_strides, sample, o)
                 for first in range(0, layer.channels, CHANNELS):
                     channel = first + tl.arange(0, CHANNELS).to(tl.int64)
                     there = channel < layer.channels
                     reads = counts[:, None] & there[None, :]
-                    x = _load(
-                        layer.student, layer.student_strides, start, position, channel, reads
-                    )
+                    x = _load(layer.student, layer.student_strides, start, position, channel, reads)
                     out = tl.where(reads, x * by[:, None], 0.0)
                     _write(layer, sample, o, position, channel, there, out)
 

@@ -45,7 +45,7 @@ SCHEMAS = {
     "joint_distillation_loss": f"(Tensor student, Tensor teacher, {OPTIONS}, {FEATURES}, "
     "bool student_grad, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
 }
-_backend.define(SCHEMAS, reference)
+_backend.define(SCHEMAS, reference, kernels=f"{__name__}.triton_kernels")
 
 
 class JointStats(NamedTuple):
