@@ -5,6 +5,9 @@
 #include "arrays.h"
 
 namespace kd::features {
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
 namespace {
 
 using namespace bindings;

@@ -37,10 +37,12 @@ KD_TARGET const Real* line_of(const Feature& feature, int64_t offset, int64_t st
       gather(reinterpret_cast<const float*>(data), stride, n, buffer, [](float x) { return x; });
       break;
     case Dtype::bfloat16:
-      gather(reinterpret_cast<const uint16_t*>(data), stride, n, buffer, from_bfloat16);
+      gather(reinterpret_cast<const uint16_t*>(data), stride, n, buffer,
+             [](uint16_t x) { return from_bfloat16(x); });
       break;
     case Dtype::float16:
-      gather(reinterpret_cast<const uint16_t*>(data), stride, n, buffer, from_float16);
+      gather(reinterpret_cast<const uint16_t*>(data), stride, n, buffer,
+             [](uint16_t x) { return from_float16(x); });
       break;
   }
   return buffer;
