@@ -105,7 +105,7 @@ def feature_loss(
             ``"cosine"`` over positions, for ``"attention"`` over the map's positions (the published
             code); "sum"; "none": one loss a sample.
         return_parts: also return each layer's part of the loss, ``(layers,)``, detached.
-        backend: None chooses; "cpp" or "reference" serves the call or raises.
+        backend: None chooses; "cpp", "triton" or "reference" serves the call or raises.
 
     Returns:
         The loss, 0-d; under "none" ``(B,)`` for one feature and ``(layers, B)`` for a list.
