@@ -26,6 +26,7 @@ import time
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 
 import kdkernels
 
-from . import gpu_checks, report, roofline, run
+from . import gpu_checks, gpu_linear, report, roofline, run
 from .cases import CONTESTANTS, GPU, GPU_QUICK, TEMPERATURE, Case, Inputs, Step, make_inputs
 
 # Seconds. Together with starting and plotting under eight minutes.
@@ -286,6 +287,9 @@ def refusal() -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cases = GPU_QUICK if options.quick else GPU
+    linear: tuple[gpu_linear.LinearCase, ...] = gpu_linear.CASES
+    if options.quick:
+        linear = gpu_linear.QUICK
     groups = [g for g in gpu_checks.groups() if not options.quick or g.dtype == "bfloat16"]
     if options.case:
 
@@ -293,11 +297,13 @@ def main(arguments: list[str] | None = None) -> int:
             return any(fnmatch(name, pattern) for pattern in options.case)
 
         cases = [case for case in cases if fits(case.name)]
+        linear = tuple(case for case in linear if fits(case.name))
         groups = [group for group in groups if fits(group.name)]
-        if not cases and not groups:
+        if not cases and not groups and not linear:
             parser.error(f"nothing fits --case {' '.join(options.case)}; see --list")
     if options.list:
-        print("\n".join([*(f"check {group.name}" for group in groups), *(c.name for c in cases)]))
+        checks = [f"check {group.name}" for group in groups]
+        print("\n".join([*checks, *(c.name for c in cases), *(c.name for c in linear)]))
         return 0
     reason = refusal()
     available = {} if reason else run.available(gpu_checks.DEVICE)
@@ -309,7 +315,38 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"python -m benchmarks.gpu has nothing to measure: {reason}", file=sys.stderr)
         return 2
     seconds = options.seconds or (1 if options.quick else 3)
-    return measure_all(cases, groups, backends, absent, seconds, options.out)
+    return measure_all(cases, groups, backends, absent, seconds, options.out, linear)
+
+
+def time_linear(
+    results: dict[str, Any],
+    linear: tuple[gpu_linear.LinearCase, ...],
+    seconds: float,
+    clock: DeviceClock,
+    deadline: run.Deadline,
+) -> None:
+    """linear_distillation_loss, into results["linear"]."""
+    results["linear"] = []
+
+    def alternately(steps: dict[str, Any]) -> Samples:
+        ignoring: Any = {name: lambda _student, _inputs, s=s: s() for name, s in steps.items()}
+        nothing: Any = SimpleNamespace(student=torch.empty(0))
+        return measure(ignoring, nothing, seconds, clock)
+
+    for case in linear:
+        print(flush=True)
+        if deadline.left() < 0:
+            results["not_timed"].append(case.name)
+            print(f"not timed: {case.name}: the {TIMINGS} seconds for timings are spent")
+            continue
+        try:
+            result = gpu_linear.time_case(case, alternately, gpu_checks.DEVICE)
+        except (run.CheckFailed, RuntimeError) as failure:  # a kernel's error, or out of memory
+            results["failed"].append(str(failure))
+            print(f"FAILED, not timed: {case.name}: {failure}")
+            continue
+        results["linear"].append(result)
+        print(gpu_linear.table(result))
 
 
 def measure_all(
@@ -319,6 +356,7 @@ def measure_all(
     absent: dict[str, str],
     seconds: float,
     out: Path,
+    linear: tuple[gpu_linear.LinearCase, ...] = (),
 ) -> int:
     begin = time.monotonic()
     table, picture = (out.with_name(out.name + end) for end in (".json", ".png"))
@@ -369,6 +407,7 @@ def measure_all(
         run.save(results, table)
         print(report.gpu_table(result, results))
 
+    time_linear(results, linear, seconds, clock, deadline)
     results["seconds"] = time.monotonic() - begin
     run.save(results, table)
     print(f"\nwritten: {table}")

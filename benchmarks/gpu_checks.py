@@ -36,6 +36,8 @@ SHAPES: Shapes = (
     (3, 128256),  # fewer rows than multiprocessors, and no shared memory holds one
 )
 SOFTMAX = "softmax"
+# linear_distillation_loss: a class A divergence, one of class B, one that reads the label's logits.
+LINEAR = {f"linear {name}": name for name in ("forward_kl", "jsd", "dkd")}
 DEVICE = "cuda"
 
 # float32 arithmetic with the hardware's approximate exponential; what is compared are norms of rows
@@ -47,7 +49,7 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 class Group(NamedTuple):
-    op: str  # a divergence, or SOFTMAX
+    op: str  # a divergence, SOFTMAX or one of LINEAR
     dtype: str
 
     @property
@@ -57,7 +59,9 @@ class Group(NamedTuple):
 
 def groups() -> list[Group]:
     softmax = [Group(SOFTMAX, dtype) for dtype in DTYPES if "," not in dtype]
-    return [Group(divergence, dtype) for divergence in DIVERGENCES for dtype in DTYPES] + softmax
+    linear = [Group(op, group.dtype) for op in LINEAR for group in softmax]
+    ours = [Group(divergence, dtype) for divergence in DIVERGENCES for dtype in DTYPES]
+    return ours + softmax + linear
 
 
 @dataclass
@@ -137,7 +141,11 @@ def check_group(
     checks = []
     for rows, vocab in shapes:
         inputs = logits(rows, vocab, DTYPES[group.dtype], device)
-        check = _softmax if group.op == SOFTMAX else _Distillation(group.op, *inputs)
+        check: Any
+        if group.op in LINEAR:
+            check = _Linear(LINEAR[group.op], rows, vocab, DTYPES[group.dtype][0], device)
+        else:
+            check = _softmax if group.op == SOFTMAX else _Distillation(group.op, *inputs)
         for backend in backends:
             comparisons = Comparisons(group, backend, rows, vocab)
             try:
@@ -286,6 +294,63 @@ def _softmax(c: Comparisons, backend: str, x: Tensor, upstream: Tensor) -> None:
         else:
             truth = y * (g - (y * g).sum(1, keepdim=True)) / 2
         c.gradient(f"gradient of {name}", gradient, truth)
+
+
+class _Linear:
+    """linear_distillation_loss in chunks of rows; in Triton without logits too."""
+
+    # Hidden sizes that fill no step of a product; the student's models' rows end in one.
+    WIDTHS = (200, 72)
+    # Of gradients whose logits' gradient was rounded: bfloat16 to 2^-9 at random.
+    ROUNDED = 3e-3
+
+    def __init__(self, divergence: str, rows: int, vocab: int, dtype: torch.dtype, device: str):
+        generator = torch.Generator(device).manual_seed(0)
+        where: dict[str, Any] = {"generator": generator, "device": device}
+        self.tensors = {}
+        for whose, width in zip(("student", "teacher"), self.WIDTHS, strict=True):
+            hidden = torch.randn(rows, width, **where)
+            weight = torch.randn(vocab, width, **where) * 2 * width**-0.5
+            self.tensors[f"{whose}_hidden"] = hidden.to(dtype)
+            self.tensors[f"{whose}_weight"] = weight.to(dtype)
+            self.tensors[f"{whose}_bias"] = torch.randn(vocab, **where).to(dtype)
+        labels = torch.randint(vocab, (rows,), **where)
+        labels[1] = -100
+        self.options: dict[str, Any] = {
+            "labels": labels,
+            "divergence": divergence,
+            "ce_weight": 0.5,
+            "temperature": 2.0,
+            "student_softcap": 30.0,
+            "teacher_grad": True,
+            "reduction": "none",
+        }
+        # Of a size that keeps float16 from underflow.
+        self.upstream = WEIGHT * (torch.rand(rows, **where) + 0.5)
+        double = {name: x.double() for name, x in self.tensors.items()}
+        self.truth = self._run(double, backend="reference")
+        for name in ("student_hidden", "teacher_hidden"):
+            self.tensors[name][1] = torch.nan  # of the masked row
+
+    def _run(self, tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
+        leaves: dict[str, Any] = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        loss: Any = kdkernels.linear_distillation_loss(**leaves, **self.options, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()), self.upstream)]
+
+    def __call__(self, c: Comparisons, backend: str, *_: Tensor) -> None:
+        ways: dict[str, dict[str, Any]] = {"chunks": {"backend": backend, "chunk_rows": 128}}
+        if backend == "triton":
+            ways["low_memory"] = {"low_memory": True}
+        for way, options in ways.items():
+            got = self._run(self.tensors, **options)
+            c.values(f"loss, {way}", got[0], self.truth[0])
+            for name, x, truth in zip(self.tensors, got[1:], self.truth[1:], strict=True):
+                error = (x.double() - truth).norm() / truth.norm()
+                limit = ARITHMETIC + (0 if x.dtype == torch.float32 else self.ROUNDED)
+                c.add(f"gradient of {name}, {way}", error=float(error), limit=limit)
+            again = self._run(self.tensors, **options)
+            for name, x, y in zip(("loss", *self.tensors), got, again, strict=True):
+                c.same(f"{name}, {way}, a second time", x, y)
 
 
 # ---- all groups, each in a process of its own ----

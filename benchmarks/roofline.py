@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import roofline_counts as counting
+from . import roofline_linear
 from .roofline_model import (
     CARDS,
     HOST_BOUND,
@@ -476,6 +477,12 @@ def prediction_table(table: list[Line], calibration: dict[str, Any]) -> str:
     return "\n".join([*out, ""])
 
 
+def predictions_text(counts: Counts, calibration: dict[str, Any]) -> str:
+    """Both tables."""
+    linear = roofline_linear.table(counts.works, stored_parameters(calibration))
+    return prediction_table(lines(counts), calibration) + "\n" + linear
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     what = parser.add_mutually_exclusive_group()
@@ -486,8 +493,9 @@ def main() -> None:
         "--count",
         nargs="?",
         const="all",
-        choices=["all", *BACKENDS],
-        help="count our kernels anew (all, or one backend's), and peers where missing",
+        choices=["all", *BACKENDS, "linear"],
+        help="count our kernels anew (all, one backend's, or linear_distillation_loss's), and "
+        "peers where missing",
     )
     options = parser.parse_args()
     counts = Counts()
@@ -500,13 +508,15 @@ def main() -> None:
             CALIBRATION.with_suffix(".md").write_text(calibration_table(calibration))
             print(calibration_table(calibration))
             return
-        if options.count:
+        if options.count in ("all", "linear"):
+            roofline_linear.count(counts.works, counts.save)
+        if options.count and options.count != "linear":
             count_all(counts, list(BACKENDS) if options.count == "all" else [options.count])
-        else:
+        if not options.count:
             print(f"from the counts stored in {COUNTS.relative_to(ROOT)} (--count makes them anew)")
     except counting.Missing as e:
         sys.exit(f"cannot count: {e}")
-    text = prediction_table(lines(counts), json.loads(CALIBRATION.read_text()))
+    text = predictions_text(counts, json.loads(CALIBRATION.read_text()))
     PREDICTIONS.write_text(text)
     print(text)
 

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cases, gpu, gpu_checks, report, roofline_model, run
+from benchmarks import cases, gpu, gpu_checks, gpu_linear, report, roofline_model, run
 from kdkernels.divergences import DIVERGENCES
 
 CASE = cases.Case("jsd", "bfloat16", 6, 200, ("cpp, fresh", "cpp, in place", "eager", "torch.add"))
 SURVEY = replace(CASE, divergence="tvd", survey=True)
 SOFTMAX = replace(CASE, divergence="softmax", contestants=("cpp, fresh", "eager"))
 GROUPS = [gpu_checks.Group("forward_kl", "bfloat16"), gpu_checks.Group("softmax", "bfloat16")]
+LINEAR = gpu_linear.LinearCase("jsd", 12, 70, 16)
 GPU = {
     "name": "NVIDIA H100 80GB HBM3",
     "capability": "9.0",
@@ -62,6 +63,7 @@ def host(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "DeviceClock", HostClock)
     monkeypatch.setattr(gpu, "device_copy", lambda clock: 3e12)
     monkeypatch.setattr(gpu, "GPU_QUICK", [CASE, SURVEY, SOFTMAX])
+    monkeypatch.setattr(gpu_linear, "QUICK", (LINEAR,))
     monkeypatch.setattr(gpu_checks, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_checks, "SHAPES", ((5, 33),))
     monkeypatch.setattr(gpu_checks, "groups", lambda: GROUPS)
@@ -111,6 +113,11 @@ def test_one_command_checks_times_and_writes(host, monkeypatch, capsys):
     mine = first["contestants"]["cpp, fresh"]
     assert mine["predicted_ms"] == {"low": 0.2, "ms": 0.25, "high": 0.3}
     assert "predicted_ms" not in second["contestants"]["cpp, fresh"]
+    (linear,) = results["linear"]
+    assert set(linear["contestants"]) == {"cpp, chunks", "eager"}
+    assert set(linear["absent"]) == {"triton, chunks", "triton, low_memory"}
+    assert 0 < linear["contestants"]["cpp, chunks"]["gradient_error"] < gpu_linear.LIMIT
+    assert "linear jsd/bfloat16/12x70x16" in printed
     assert "0.250 (0.200-0.300)" in printed and "device copy: 3000 GB/s" in printed
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "every check passed; 0 cases not timed" in printed
@@ -174,9 +181,9 @@ def test_rounds_alternate_and_wait_once_each():
 
 def test_every_divergence_dtype_and_kernel_has_its_check_and_case():
     ops = {group.op for group in gpu_checks.groups()}
-    assert ops == {*DIVERGENCES, gpu_checks.SOFTMAX}
+    assert ops == {*DIVERGENCES, gpu_checks.SOFTMAX, *gpu_checks.LINEAR}
     assert {100, 32000, 50257, 128256} == {vocab for _, vocab in gpu_checks.SHAPES}
-    assert {case.divergence for case in cases.GPU} == ops
+    assert {case.divergence for case in cases.GPU} == ops - set(gpu_checks.LINEAR)
     names = {name for case in cases.GPU for name in case.contestants}
     assert {c for c in cases.CONTESTANTS if c.startswith(("cpp", "triton"))} <= names
     assert {"eager", "torch.compile", "liger", "torch.add"} <= names

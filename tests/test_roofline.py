@@ -193,8 +193,10 @@ def test_the_table_says_that_it_is_a_prediction(calibration):
 
 
 def test_the_stored_table_is_what_its_counts_give(calibration):
-    table = roofline.lines(roofline.Counts())
-    assert roofline.PREDICTIONS.read_text() == roofline.prediction_table(table, calibration)
+    text = roofline.predictions_text(roofline.Counts(), calibration)
+    assert roofline.PREDICTIONS.read_text() == text
+    # linear_distillation_loss: both paths and divergences, a line each.
+    assert sum(line.startswith(("| chunks |", "| low_memory |")) for line in text.split("\n")) == 4
 
 
 # Counting -----------------------------------------------------------------------------------------

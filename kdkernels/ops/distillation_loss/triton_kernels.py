@@ -14,6 +14,8 @@ Sums of weights times log-ratios are kept relative to the running maxima and mov
 anchor a row would cost digits wherever it is far from the maximum.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -172,8 +174,17 @@ def first_column(x, largest, best, at, column):
 
 
 @triton.jit
+def beside(x):
+    """A value of a row beside its tile: one scalar of all lanes, or one each."""
+    if len(x.shape) == 1:
+        return x[:, None]
+    else:
+        return x
+
+
+@triton.jit
 def extended(state, s, t, column, counted_here, cs, ct, first, second, KIND: tl.constexpr):
-    """A state with a tile of columns more."""
+    """A state with a tile of columns more, whose lanes are parts of one row, or rows."""
     group_s = tl.max(s, 1)
     group_t = tl.max(t, 1)
     s_at = state[16]
@@ -188,8 +199,8 @@ def extended(state, s, t, column, counted_here, cs, ct, first, second, KIND: tl.
         _, _,
     ) = rescaled(state, student_max, teacher_max, cs, ct, first, second, KIND)  # fmt: skip
     below_s = s - anchored(ms)[:, None]
-    x = below_s * cs
-    y = (t - anchored(mt)[:, None]) * ct
+    x = below_s * beside(cs)
+    y = (t - anchored(mt)[:, None]) * beside(ct)
     es = tl.exp2(x)
     et = tl.exp2(y)
     zs += tl.sum(es, 1)
@@ -199,15 +210,15 @@ def extended(state, s, t, column, counted_here, cs, ct, first, second, KIND: tl.
     if REVERSE & KIND:
         reverse += tl.sum(times(es, x - y), 1)
     if TILTED & KIND:
-        z = divergences_triton.geometric(x, y, first)
+        z = divergences_triton.geometric(x, y, beside(first))
         tilted_max = tl.maximum(mz, tl.max(z, 1))
         zz = times(tl.exp2(mz - finite(tilted_max)), zz)
         zz += tl.sum(tl.exp2(z - finite(tilted_max)[:, None]), 1)
         mz = tilted_max
     if POWERS & KIND:
-        pk += tl.sum(tl.exp2(x * (first + second)), 1)
-        qk += tl.sum(tl.exp2(y * (first + second)), 1)
-        mixed += tl.sum(tl.exp2(tl.fma(y, first, second * x)), 1)
+        pk += tl.sum(tl.exp2(x * beside(first + second)), 1)
+        qk += tl.sum(tl.exp2(y * beside(first + second)), 1)
+        mixed += tl.sum(tl.exp2(tl.fma(y, beside(first), beside(second) * x)), 1)
     if UNIT & KIND:
         unit += tl.sum(tl.exp2(below_s * LOG2_E), 1)
     if SMOOTHING & KIND:
@@ -573,6 +584,64 @@ def coefficient(rows, line: tl.constexpr, n, i, upstream):
 
 
 @triton.jit
+def gradient_row(
+    rows, n, i, up, reads_unit, label, student_label, teacher_label, vocab, smoothing,
+    NAME: tl.constexpr, HARDWARE: tl.constexpr, EXCLUDES: tl.constexpr,
+):  # fmt: skip
+    """What gradient_tile needs of row i: scalars, or a column of them where i is one."""
+    kd = coefficient(rows, KD_SCALE, n, i, up)
+    ce = coefficient(rows, CE_SCALE, n, i, up)
+    z = coefficient(rows, Z_SCALE, n, i, up)
+    temperature = tl.load(rows + TEMPERATURE * n + i)
+    teacher_temperature = tl.load(rows + TEACHER_TEMPERATURE * n + i)
+    student_max = tl.load(rows + STUDENT_MAX * n + i)
+    student_log_z = tl.load(rows + STUDENT_LOG_Z * n + i)
+    teacher_max = tl.load(rows + TEACHER_MAX * n + i)
+    teacher_log_z = tl.load(rows + TEACHER_LOG_Z * n + i)
+    first = tl.load(rows + FIRST * n + i)
+    second = tl.load(rows + SECOND * n + i)
+    d = tl.load(rows + DIVERGENCE * n + i)
+    sum_g = tl.load(rows + SUM_G * n + i)
+    cs = LOG2_E / temperature
+    ct = LOG2_E / teacher_temperature
+    log_b = sum_g * LOG2_E
+    sum_h = d - sum_g
+    if NAME == "reverse_kl":
+        sum_h = tl.zeros((), tl.float32)  # Σq − Σp
+    elif NAME == "ab":
+        sum_h = (first + second) * d - sum_g
+    elif NAME == "renyi":
+        sum_g = tl.where(first == 1, 0.0, -1.0)
+        sum_h = tl.where(first == 1, d, first / (first - 1.0))
+    factor = 1.0
+    label_g = sum_g
+    label_h = 0.0
+    unit_max = student_max
+    if EXCLUDES:
+        factor = second
+        s_logit = tl.load(student_label + i)
+        t_logit = tl.load(teacher_label + i)
+        s_odds = (s_logit - student_max) / temperature - student_log_z
+        t_odds = (t_logit - teacher_max) / teacher_temperature - teacher_log_z
+        both = tl.exp(log_sigmoid(t_odds, HARDWARE) + log_sigmoid(-t_odds, HARDWARE))
+        label_h = first * times(both, t_odds - s_odds)
+        sum_h = factor * d + label_h
+        # Only here does the maximum leave a column out; that of an empty rest is a mere 0.
+        is_column = (label >= 0) & (label < vocab)
+        alone = student_log_z == float("-inf")
+        larger = tl.where((s_logit > unit_max) | alone, s_logit, unit_max)
+        unit_max = tl.where(is_column, larger, unit_max)
+    unit_log_z = tl.load(rows + UNIT_LOG_Z * n + i)
+    return (
+        student_max, student_log_z * LOG2_E, teacher_max, teacher_log_z * LOG2_E, cs, ct, first,
+        second, log_b, kd / temperature, kd / teacher_temperature, factor, sum_g, sum_h, label_g,
+        label_h, reads_unit, unit_max, unit_log_z * LOG2_E,
+        ce + times(2.0 * z, unit_max + unit_log_z), ce * (1.0 - smoothing),
+        ce * (smoothing / vocab),
+    )  # fmt: skip
+
+
+@triton.jit
 def gradient_tile(
     s, t, raw, column, label, row, HARDWARE: tl.constexpr,
     TERM: tl.constexpr, MIXES: tl.constexpr, EXCLUDES: tl.constexpr,
@@ -627,9 +696,6 @@ def _gradient(
         if TEACHER_GRAD:
             clear_padding(dt_row + shift, vocab, teacher_columns, BLOCK)
     up = tl.load(upstream + i * upstream_stride)
-    kd = coefficient(rows, KD_SCALE, n, i, up)
-    ce = coefficient(rows, CE_SCALE, n, i, up)
-    z = coefficient(rows, Z_SCALE, n, i, up)
     reads_teacher = tl.load(rows + KD_SCALE * n + i) != 0
     reads_unit = tl.load(rows + CE_SCALE * n + i) != 0
     reads_unit = reads_unit | (tl.load(rows + Z_SCALE * n + i) != 0)
@@ -650,55 +716,12 @@ def _gradient(
             if TEACHER_GRAD:
                 tl.store(dt_row + position, zero.to(teacher_grad.dtype.element_ty), mask=here)
         return
-    temperature = tl.load(rows + TEMPERATURE * n + i)
-    teacher_temperature = tl.load(rows + TEACHER_TEMPERATURE * n + i)
-    student_max = tl.load(rows + STUDENT_MAX * n + i)
-    student_log_z = tl.load(rows + STUDENT_LOG_Z * n + i)
-    teacher_max = tl.load(rows + TEACHER_MAX * n + i)
-    teacher_log_z = tl.load(rows + TEACHER_LOG_Z * n + i)
-    first = tl.load(rows + FIRST * n + i)
-    second = tl.load(rows + SECOND * n + i)
-    d = tl.load(rows + DIVERGENCE * n + i)
-    sum_g = tl.load(rows + SUM_G * n + i)
-    cs = LOG2_E / temperature
-    ct = LOG2_E / teacher_temperature
-    log_b = sum_g * LOG2_E
-    sum_h = d - sum_g
-    if NAME == "reverse_kl":
-        sum_h = tl.zeros((), tl.float32)  # Σq − Σp
-    elif NAME == "ab":
-        sum_h = (first + second) * d - sum_g
-    elif NAME == "renyi":
-        sum_g = tl.where(first == 1, 0.0, -1.0)
-        sum_h = tl.where(first == 1, d, first / (first - 1.0))
     label = tl.full((), -1, tl.int64)
     if LABELLED:
         label = tl.load(labels + i)
-    factor = 1.0
-    label_g = sum_g
-    label_h = 0.0
-    unit_max = student_max
-    if EXCLUDES:
-        factor = second
-        s_logit = tl.load(student_label + i)
-        t_logit = tl.load(teacher_label + i)
-        s_odds = (s_logit - student_max) / temperature - student_log_z
-        t_odds = (t_logit - teacher_max) / teacher_temperature - teacher_log_z
-        both = tl.exp(log_sigmoid(t_odds, HARDWARE) + log_sigmoid(-t_odds, HARDWARE))
-        label_h = first * times(both, t_odds - s_odds)
-        sum_h = factor * d + label_h
-        # Only here does the maximum leave a column out; that of an empty rest is a mere 0.
-        is_column = (label >= 0) & (label < vocab)
-        alone = student_log_z == float("-inf")
-        larger = tl.where((s_logit > unit_max) | alone, s_logit, unit_max)
-        unit_max = tl.where(is_column, larger, unit_max)
-    unit_log_z = tl.load(rows + UNIT_LOG_Z * n + i)
-    row = (
-        student_max, student_log_z * LOG2_E, teacher_max, teacher_log_z * LOG2_E, cs, ct, first,
-        second, log_b, kd / temperature, kd / teacher_temperature, factor, sum_g, sum_h, label_g,
-        label_h, reads_unit, unit_max, unit_log_z * LOG2_E,
-        ce + times(2.0 * z, unit_max + unit_log_z), ce * (1.0 - smoothing),
-        ce * (smoothing / vocab),
+    row = gradient_row(
+        rows, n, i, up, reads_unit, label, student_label, teacher_label, vocab, smoothing,
+        NAME, HARDWARE, EXCLUDES,
     )  # fmt: skip
     for start in range(begin, full, BLOCK):
         s, t, raw, position, here, _ = tile(
@@ -843,11 +866,21 @@ def _label_logits(student, teacher, labels, divergence, vocab):
     return s, t[0] if exclude else None
 
 
-def _forward(
+class Started(NamedTuple):
+    """What the kernels of a forward are told of its rows."""
+
+    rows: Tensor  # with the lines that are known before any logit
+    masks: Tensor
+    kind: int
+    class_b: bool
+
+
+def started(
     student: Tensor, teacher: Tensor, labels: Tensor | None, token_weights, divergence, *options
-):
+) -> Started:
+    """Of the two tensors only their rows, dtypes and device are looked at."""
     plan = reference.plan(student, teacher, labels, token_weights, divergence, *options)
-    t_squared, label_smoothing, _, _, vocab, reduction, return_stats = options[-7:]
+    label_smoothing, return_stats = options[-6], options[-1]
     n, device = student.shape[0], student.device
     lines = len(reference.ROWS) + (len(reference.STATS) if return_stats else 0)
     rows = torch.empty((lines, n), dtype=torch.float32, device=device)
@@ -859,8 +892,6 @@ def _forward(
         + plan.read_student * _READ_STUDENT
         + plan.read_teacher * _READ_TEACHER
     ).to(torch.uint8)
-    label_logits = _label_logits(student, teacher, labels, divergence, vocab)
-    totals = torch.empty((n,), dtype=torch.float32, device=device)
     term = TERMS[divergence]
     kind = 0
     for present, bit in (
@@ -875,6 +906,34 @@ def _forward(
     ):
         kind |= bit.value if present else 0
     class_b = not (term.forward or term.reverse or term.tilted or term.powers)
+    return Started(rows, masks, kind, class_b)
+
+
+def finish(
+    given: Started, labels, label_logits, states, sums, totals, vocab, chunks, divergence,
+    label_smoothing, t_squared, class_b: bool,
+) -> None:  # fmt: skip
+    """Launch _finish: the rows' lines and totals from their chunks' states and sums."""
+    n = given.rows.shape[1]
+    _finish[(n,)](
+        given.rows, given.masks, labels, *label_logits, states, sums, totals,
+        n, vocab, chunks, label_smoothing, int(t_squared),
+        NAME=divergence, KIND=given.kind, HARDWARE=_triton.hardware_log(),
+        CHUNKS=triton.next_power_of_2(chunks), CLASS_B=class_b, LABELLED=labels is not None,
+        num_warps=1, **_triton.EXACT,
+    )  # fmt: skip
+
+
+def _forward(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, token_weights, divergence, *options
+):
+    t_squared, label_smoothing, _, _, vocab, reduction, _ = options[-7:]
+    n, device = student.shape[0], student.device
+    given = started(student, teacher, labels, token_weights, divergence, *options)
+    rows, masks, kind, class_b = given
+    label_logits = _label_logits(student, teacher, labels, divergence, vocab)
+    totals = torch.empty((n,), dtype=torch.float32, device=device)
+    term = TERMS[divergence]
     if n:
         cut = _triton.cut(vocab, student, teacher)
         states = torch.empty((STATES.value, n, cut.chunks), dtype=torch.float32, device=device)
@@ -888,8 +947,6 @@ def _forward(
             cut.chunks,
         )
         wide = dict(STUDENT_WIDE=cut.wide[0], TEACHER_WIDE=cut.wide[1])
-        chunks = triton.next_power_of_2(cut.chunks)
-        hardware = _triton.hardware_log()
         with _triton.on_device(student):
             _statistics[(n, cut.chunks)](
                 student, teacher, rows, masks, labels, states, *sizes,
@@ -898,13 +955,12 @@ def _forward(
             if class_b:
                 _sums[(n, cut.chunks)](
                     student, teacher, rows, masks, states, sums, *sizes, TERM=term.function,
-                    MIXES=term.mixes, HARDWARE=hardware, CHUNKS=chunks, **wide, **cut.options,
+                    MIXES=term.mixes, HARDWARE=_triton.hardware_log(),
+                    CHUNKS=triton.next_power_of_2(cut.chunks), **wide, **cut.options,
                 )  # fmt: skip
-            _finish[(n,)](
-                rows, masks, labels, *label_logits, states, sums, totals,
-                n, vocab, cut.chunks, label_smoothing, int(t_squared),
-                NAME=divergence, KIND=kind, HARDWARE=hardware, CHUNKS=chunks, CLASS_B=class_b,
-                LABELLED=labels is not None, num_warps=1, **_triton.EXACT,
+            finish(
+                given, labels, label_logits, states, sums, totals, vocab, cut.chunks, divergence,
+                label_smoothing, t_squared, class_b,
             )  # fmt: skip
     loss = totals if reduction == "none" else totals.sum(dtype=torch.float64).to(torch.float32)
     return loss, rows, (labels, divergence, label_smoothing, vocab, label_logits)

@@ -46,7 +46,7 @@ _backend.define(SCHEMAS, reference)
 
 METRICS = reference.METRICS
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
-ON_DEVICES = False  # whether there are CUDA and Triton kernels
+ON_DEVICES: tuple[str, ...] = ()  # in which there are kernels for CUDA tensors
 
 Features = Tensor | Sequence[Tensor]
 

@@ -38,6 +38,7 @@ from ..distillation_loss import (
     distillation_loss,
     row_options,
 )
+from . import low_memory as logit_free
 from . import reference
 
 SCHEMAS = {
@@ -54,12 +55,16 @@ SCHEMAS = {
 }
 _backend.define(SCHEMAS, reference)
 
-# Bytes of the buffers that the chunks go through, where nobody says. At V = 49152 this is 512 rows
-# of two float32 heads and 1024 of two bfloat16 ones on the CPU (256 rows of logits at a time), and
-# leaves the whole call under 256 MiB beside its gradients. Time over the matrix products alone,
-# bfloat16, Hs = Ht = 576, N = 4096, with 128 and 192 MiB: 1.96 and 1.69 (processor time of one
-# thread on a loaded machine).
-DEFAULT_MEMORY_BUDGET = 192 * 2**20
+# Bytes of the buffers that the chunks go through, where nobody says. At V = 49152 this is 426 rows
+# of two float32 heads and 853 of two bfloat16 ones on the CPU (214 rows of logits at a time), and
+# leaves the whole call under 256 MiB beside its gradients (192 MiB took 255.6 in bfloat16). More
+# rows are faster: time over the matrix products alone, bfloat16, Hs = Ht = 576, N = 4096, was 1.96
+# with 128 MiB and 1.69 with 192 (processor time of one thread on a loaded machine).
+DEFAULT_MEMORY_BUDGET = 160 * 2**20
+# On a GPU the float32 sum of the weight's gradient is read and written once a chunk: 8 bytes for
+# 2·rows floating-point operations, which an H100 (295 a byte of memory at bfloat16's peak) needs
+# 1200 rows for. A chunk with fewer rows than the second number spends most of its time there.
+DEVICE_ROWS, FEWEST_ROWS = 2048, 128
 
 
 def linear_distillation_loss(
@@ -78,6 +83,7 @@ def linear_distillation_loss(
     teacher_logit_scale: float = 1.0,
     chunk_rows: int | None = None,
     memory_budget: int | None = None,
+    low_memory: bool = False,
     teacher_grad: bool = False,
     backend: str | None = None,
     **options: Any,
@@ -104,8 +110,13 @@ def linear_distillation_loss(
         student_logit_scale, teacher_logit_scale: z = scale·(hidden @ weight.T + bias), before the
             softcap (Cohere).
         chunk_rows: tokens whose logits exist at a time, at most; default from ``memory_budget``.
-        memory_budget: bytes of the chunks' buffers, at least one row; default 192 MiB. The float32
-            sum of the weight's gradient comes on top.
+        memory_budget: bytes of the chunks' buffers, at least one row; default 160 MiB on the CPU,
+            2048 rows on a GPU. The float32 sum of the weight's gradient comes on top. With
+            ``low_memory`` bytes of the panels of the logits' gradient, at least 128 columns;
+            default as many as ``student_hidden`` has, or 64 MiB where that is more.
+        low_memory: form tiles of logits in registers only (Triton, CUDA tensors; float64 and other
+            backends raise RuntimeError). See below. On CUDA tensors it is also chosen where
+            ``memory_budget`` holds fewer than 128 rows.
         teacher_grad: also give the teacher's tensors their gradients; else they are detached.
         backend: None chooses (``kdkernels.explain``); it serves the rows, matrix products are
             PyTorch's.
@@ -128,6 +139,13 @@ def linear_distillation_loss(
     gradients with any upstream factors: 4·Hs + 2·Ht. A frozen weight saves Hs, so do frozen hidden
     states; without any gradient Hs + Ht remain. On the CPU masked tokens cost nothing.
     Bitwise the same for the same chunk shapes; another ``chunk_rows`` changes the rounding.
+
+    ``low_memory``: the forward keeps 56 bytes a token and, while it runs, 72 for each 4096 columns;
+    the backward adds the panels, a float32 sum of the hidden states' gradient and one panel's of
+    the weight's, which needs no V×Hs float32 sum. Multiplications and additions for each logit:
+    Hs + Ht in the forward, 3·Hs + Ht in the backward (1.5 times those above for Hs = Ht); JSD, skew
+    and total variation Hs + Ht more. Every upstream factor, ``reduction="none"`` included, costs
+    the same. A token's loss has the same bits whatever tokens are beside it.
     """
     heads = _Heads(
         student_hidden,
@@ -140,7 +158,7 @@ def linear_distillation_loss(
     )
     check_names("linear_distillation_loss", options, _OPTIONS)
     vocab = _check_heads(heads, options.get("vocab_size"))
-    check_flags(teacher_grad=teacher_grad)
+    check_flags(teacher_grad=teacher_grad, low_memory=low_memory)
     transforms = (
         _checked_softcap("student_softcap", student_softcap),
         _checked_scale("student_logit_scale", student_logit_scale),
@@ -167,6 +185,9 @@ def linear_distillation_loss(
             teacher_hidden=None, teacher_weight=None, teacher_bias=None, teacher_logits=None
         )
     compute = reference.compute_dtype(transforms[2], transforms[5], heads.teacher_logits)
+    if low_memory:
+        logit_free.refusal(student_hidden.device, (compute,), backend)
+        backend = "triton"
     chosen, why = _backend.choose(backend, student_hidden.device, (compute,))
     _backend.warn_of_reference(chosen, why, student_hidden.device)
     leading = student_hidden.shape[:-1]
@@ -178,9 +199,19 @@ def linear_distillation_loss(
     logit_bytes = reference.logit_bytes(transforms[2], transforms[0], True, parts)
     if heads.teacher_hidden is not None:
         logit_bytes += reference.logit_bytes(transforms[5], transforms[3], teacher_grad, parts)
-    chunk_rows = _chunk_rows(chunk_rows, memory_budget, math.ceil(vocab * logit_bytes))
-    config = (*transforms, chunk_rows, chosen)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if low_memory and chunk_rows is not None:
+        raise ValueError(
+            f"chunk_rows={chunk_rows} with low_memory=True, which has no chunks of rows; accepted: "
+            "memory_budget"
+        )
+    row_bytes = math.ceil(vocab * logit_bytes)
+    rows = _chunk_rows(chunk_rows, memory_budget, row_bytes, student_hidden.device)
+    if chunk_rows is None and memory_budget is not None and rows < FEWEST_ROWS:
+        low_memory = low_memory or logit_free.serves(student_hidden.device, (compute,), backend)
+    config = (*transforms, rows, chosen)
+    if low_memory:
+        loss, stats = logit_free.apply(tensors, transforms, memory_budget, row)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         loss, stats = _Linear.apply(*tensors, config, row)
     else:
         loss, stats, _ = _op(*tensors, *config, [False] * len(tensors), None, *row)
@@ -379,12 +410,14 @@ def _operands(hidden: Tensor | None, weight: Tensor | None) -> torch.dtype:
     return promoted
 
 
-def _chunk_rows(chunk_rows: Any, memory_budget: Any, row_bytes: int) -> int:
+def _chunk_rows(chunk_rows: Any, memory_budget: Any, row_bytes: int, device: torch.device) -> int:
     for name, value in (("chunk_rows", chunk_rows), ("memory_budget", memory_budget)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, type(None))):
             raise TypeError(f"{name} is a {type(value).__name__}; accepted: None or int")
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}; accepted: None or int >= 1")
+    if chunk_rows is None and memory_budget is None and device.type != "cpu":
+        return DEVICE_ROWS
     if chunk_rows is None:
         return max(1, (memory_budget or DEFAULT_MEMORY_BUDGET) // row_bytes)
     if memory_budget is not None:

@@ -33,6 +33,28 @@ def mm_float32_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
                 out[i, j].addmm_(left, b[p, j].float())
 
 
+def into_float32(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """out (m, n) float32 = a (m, k) @ b (k, n), or += that, a and b of one dtype.
+
+    On CUDA by cuBLAS, which adds up in float32 anyway: a result that is not rounded costs no more
+    than its bytes. torch.mm with ``out_dtype`` has no CPU kernel.
+    """
+    if a.dtype == torch.float32:
+        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    elif _has_cublas(out):
+        if accumulate:
+            torch.addmm(out, a, b, torch.float32, out=out)
+        else:
+            torch.mm(a, b, torch.float32, out=out)
+    else:
+        op = torch.ops.kdkernels.mm_float32_ if a.dtype == torch.bfloat16 else mm_float32_
+        op(out, a, b, accumulate)
+
+
+def _has_cublas(x: Tensor) -> bool:
+    return x.device.type in ("cuda", "meta")  # meta: what CUDA tensors go through, without a GPU
+
+
 def distillation_loss_and_grad_into(
     student: Tensor, teacher: Tensor, *args
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,12 +76,16 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     An eighth at a time: all at once makes several whole temporaries.
     """
     factor = factor.to(torch.promote_types(grad.dtype, factor.dtype))
-    result = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+    result = scaled_fake(grad, factor, dtype)
     step = max(1, -(-len(grad) // 8))
     for start in range(0, len(grad), step):
         tile = grad[start : start + step]
         result[start : start + step] = torch.where(tile == 0, 0.0, tile * factor)
     return result
+
+
+def scaled_fake(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _tiles(size: int) -> list[slice]:
@@ -224,7 +250,9 @@ class _Head:
         return self.buffers[name][:size]
 
     def _product(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-        if not a.dtype == b.dtype == out.dtype:
+        if _has_cublas(out) and a.dtype == b.dtype and out.dtype == torch.float32:
+            into_float32(out, a, b, accumulate)
+        elif not a.dtype == b.dtype == out.dtype:
             same = a.dtype == b.dtype == torch.bfloat16
             (self.mm_float32_ if same else mm_float32_)(out, a, b, accumulate)
         elif accumulate:
@@ -334,6 +362,11 @@ def linear_distillation_loss(
             teacher = _Logits(teacher_logits, vocab, wanted[6])
 
         counts = _divide(option, n, device, compute, upstream)
+        if not _leaves_out(device):
+            # Rows that do not count have a gradient of 0; what they hold may be NaN, and 0·NaN is.
+            for head in (student, teacher):
+                if isinstance(head, _Head):
+                    head.hidden = torch.where(counts[:, None], head.hidden, 0.0)
         loss = torch.zeros(n if per_token else (), dtype=compute, device=device)
         total = torch.zeros((), dtype=torch.float64, device=device)
         stats = torch.zeros(len(STATS) if with_stats else 0, n, dtype=compute, device=device)
@@ -472,7 +505,7 @@ def _chunks(n: int, chunk_rows: int, counts: Tensor) -> Iterator[tuple[Any, int]
     left out; elsewhere that would take a host synchronisation.
     """
     numbers = None
-    if counts.device.type == "cpu" and not bool(counts.all()):
+    if _leaves_out(counts.device) and not bool(counts.all()):
         numbers = counts.nonzero()[:, 0]
         n = len(numbers)
     chunks = -(-n // chunk_rows)
@@ -481,6 +514,11 @@ def _chunks(n: int, chunk_rows: int, counts: Tensor) -> Iterator[tuple[Any, int]
         stop = min(start + size, n)
         rows = slice(start, stop) if numbers is None else numbers[start:stop]
         yield rows, stop - start
+
+
+def _leaves_out(device: torch.device) -> bool:
+    """Whether rows that do not count go through no product."""
+    return device.type == "cpu"
 
 
 def _parts(chunk: Any, size: int, part_rows: int) -> Iterator[tuple[slice, Any]]:
