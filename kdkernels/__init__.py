@@ -5,6 +5,7 @@ from .ops.dist_loss import DISTLoss, dist_loss
 from .ops.distillation_loss import (
     DistillationLoss,
     DistillationStats,
+    TeacherCenter,
     distillation_loss,
     distillation_loss_and_grad,
     explain,
@@ -41,6 +42,7 @@ __all__ = [
     "SimilarityLoss",
     "Softmax",
     "dist_loss",
+    "TeacherCenter",
     "distillation_loss",
     "distillation_loss_and_grad",
     "divergences",

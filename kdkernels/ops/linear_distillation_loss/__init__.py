@@ -306,7 +306,8 @@ _KEYWORDS = [name for name, p in _signature.parameters.items() if p.kind == p.KE
 _OPTIONS = {
     name: parameter
     for name, parameter in inspect.signature(distillation_loss).parameters.items()
-    if parameter.kind == parameter.KEYWORD_ONLY and name not in (*_KEYWORDS, "inplace")
+    if parameter.kind == parameter.KEYWORD_ONLY
+    and name not in (*_KEYWORDS, "inplace", "standardize", "teacher_center")
 }
 linear_distillation_loss.__signature__ = _signature.replace(  # type: ignore[attr-defined]
     parameters=[
