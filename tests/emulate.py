@@ -30,6 +30,7 @@ SOURCES = (
     "csrc/distillation_loss/cuda_kl.cu",
     "csrc/distillation_loss/cuda_mixtures.cu",
     "csrc/distillation_loss/cuda_powers.cu",
+    "csrc/logit_rows/cuda.cu",
     "csrc/softmax/cuda.cu",
     "tests/emulate_shim.cpp",
 )
@@ -289,6 +290,61 @@ class Implementation:
             factor=factor,
         )
 
+    def row_moments(self, x, vocab_size):
+        out = torch.full((2, len(x)), torch.nan)
+        matrix = _matrix(x)
+        sizes = (ctypes.c_int64(len(x)), ctypes.c_int64(vocab_size))
+        self._run(self.lib.kd_moments, ctypes.byref(matrix), *sizes, _pointer(out), x=x, out=out)
+        return out
+
+    def add_centered_(self, grad, x, mean, factor, vocab_size):
+        matrices = [_matrix(grad), _matrix(x)]
+        self._run(
+            self.lib.kd_add_centered,
+            *map(ctypes.byref, matrices),
+            _pointer(mean),
+            _pointer(factor),
+            ctypes.c_int64(len(x)),
+            ctypes.c_int64(vocab_size),
+            grad=grad,
+            x=x,
+            mean=mean,
+            factor=factor,
+        )
+
+    def temperature_sums(self, student, teacher, rows, labels, divergence, vocab_size):
+        problem = self._problem(student, teacher, rows, labels, divergence, 0.0, vocab_size)
+        out = torch.full((3, len(student)), torch.nan)
+        self._run(
+            self.lib.kd_temperature_sums,
+            ctypes.byref(problem),
+            _pointer(out),
+            student=student,
+            teacher=teacher,
+            rows=rows,
+            labels=labels,
+            out=out,
+        )
+        return out
+
+    def adaptive_weights(self, student, teacher, temperature, teacher_temperature, vocab_size):
+        out = torch.full((len(student),), torch.nan)
+        structures = [_matrix(student), _matrix(teacher)]
+        structures += [_parameter(None, tau) for tau in (temperature, teacher_temperature)]
+        self._run(
+            self.lib.kd_adaptive_weights,
+            *map(ctypes.byref, structures),
+            ctypes.c_int64(len(student)),
+            ctypes.c_int64(vocab_size),
+            _pointer(out),
+            student=student,
+            teacher=teacher,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            out=out,
+        )
+        return out
+
     def softmax(self, x, temperature, temperature_tensor, log):
         output = _fresh(x)
         problem = _SoftmaxProblem(_matrix(x), _matrix(output), _matrix(None))
@@ -317,6 +373,10 @@ class Implementation:
             temperature=temperature_tensor,
         )
         return gradient
+
+
+def _pointer(x: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def _fresh(like: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,15 @@
 namespace kd {
 namespace {
 
+void refuse_center(const OptionalTensor& center) {
+  STD_TORCH_CHECK(!center,
+                  "kdkernels: the CUDA library takes no teacher_center; accepted: the "
+                  "teacher's logits less the center");
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher, const Options& o,
                                    const Tensor* student_grad, const Tensor* teacher_grad) {
+  refuse_center(o.teacher_center);
   check_device(student, "student",
                {{"teacher", teacher},
                 {"labels", o.labels},
@@ -41,8 +48,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher,
 
 void backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
               const Tensor& rows, const OptionalTensor& labels, const std::string& divergence,
-              double label_smoothing, int64_t vocab_size, const Tensor* student_grad,
-              const Tensor* teacher_grad) {
+              double label_smoothing, int64_t vocab_size, const OptionalTensor& center,
+              const Tensor* student_grad, const Tensor* teacher_grad) {
+  refuse_center(center);
   check_device(
       student, "student",
       {{"grad_loss", grad_loss}, {"teacher", teacher}, {"rows", rows}, {"labels", labels}});

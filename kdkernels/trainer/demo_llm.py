@@ -108,6 +108,8 @@ def run_llm_demo(
             arm, students[arm], teacher_lm, batches, evaluation, dtype, 1 if quick else 4
         )
         seconds[arm] = time.perf_counter() - began
+    students[DISTILLED].save_pretrained(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
     # On the CPU in float32 too: there both losses compute the same but for rounding, where eager
     # bfloat16 rounds its logits.
     dtypes = [torch.float32] if dtype == torch.float32 else [torch.float32, dtype]
@@ -115,8 +117,6 @@ def run_llm_demo(
         _name(each): compare(student, teacher_lm, batches[: 4 if quick else 8], each)
         for each in dtypes
     }
-    students[DISTILLED].save_pretrained(folder / "student")
-    tokenizer.save_pretrained(folder / "student")
     report = {
         "teacher": {
             "name": PACKAGE if teacher is None else str(teacher),
@@ -185,9 +185,12 @@ def load_teacher(folder: str | None = None) -> tuple[Any, Any]:
         )
     where: dict[str, Any] = {"gguf_file": files[0].name, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **where)
-    # What it was read from is not what it is now: saved, it would be looked for again.
-    del model.config.quantization_config
-    return model, AutoTokenizer.from_pretrained(files[0].parent, **where)
+    # Read from GGUF, a model counts as quantised and refuses to be saved. This one does not.
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    return plain, AutoTokenizer.from_pretrained(files[0].parent, **where)
 
 
 def _home(spec: Any) -> str:

@@ -153,9 +153,14 @@ def test_a_missing_package_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     importlib.util.find_spec(demo_llm.MODULE) is None,
     reason=f"{demo_llm.PACKAGE} is not installed: 93 MB, and 15 s to read",
 )
-def test_the_real_teacher():
+def test_the_real_teacher(tmp_path):
+    """Read, and a student of it saved, which what is read from GGUF refuses."""
     teacher, tokenizer = demo_llm.load_teacher()
     assert teacher.config.num_hidden_layers == 30 and teacher.lm_head.weight.shape == (49152, 576)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert tokenizer.decode(teacher(ids).logits[0, -1].argmax()) == " Paris"
+    student = demo_llm.make_student(teacher, 2)
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert demo_llm._generate(tmp_path, student)["continuation"]

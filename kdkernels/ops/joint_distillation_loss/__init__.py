@@ -132,6 +132,7 @@ def joint_distillation_loss(
         student_logits,
         teacher_logits,
         labels,
+        fused_only=True,
         return_stats=return_stats,
         backend=backend,
         **options,
@@ -162,6 +163,7 @@ _OPTIONS = [
     for name, parameter in inspect.signature(distillation_loss).parameters.items()
     if parameter.kind == parameter.KEYWORD_ONLY
     and name not in ("inplace", "teacher_grad", "return_stats", "backend")
+    and name not in ("standardize", "teacher_center")  # of several ops, one of them after the loss
 ]
 _signature = inspect.signature(joint_distillation_loss)
 joint_distillation_loss.__signature__ = _signature.replace(  # type: ignore[attr-defined]
