@@ -16,6 +16,12 @@ from .ops.joint_distillation_loss import JointStats, joint_distillation_loss
 from .ops.kl_div import KLDivLoss, kl_div
 from .ops.linear_distillation_loss import LinearDistillationLoss, linear_distillation_loss
 from .ops.rkd_loss import RKDAngleLoss, RKDDistanceLoss, rkd_angle_loss, rkd_distance_loss
+from .ops.similarity_loss import (
+    SimilarityLoss,
+    prototype_posterior,
+    prototypes,
+    similarity_loss,
+)
 from .ops.softmax import LogSoftmax, Softmax, log_softmax, softmax
 
 __version__ = "0.1.0"
@@ -33,6 +39,7 @@ __all__ = [
     "NSTLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
+    "SimilarityLoss",
     "Softmax",
     "dist_loss",
     "TeacherCenter",
@@ -49,5 +56,8 @@ __all__ = [
     "nst_loss",
     "rkd_angle_loss",
     "rkd_distance_loss",
+    "prototype_posterior",
+    "prototypes",
+    "similarity_loss",
     "softmax",
 ]

@@ -54,11 +54,6 @@ SCHEMAS = {
     "scaled": "(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor",
 }
 _backend.define(SCHEMAS, reference)
-# Their loops run once a chunk, which a fake tensor's symbolic N cannot.
-torch.library.register_fake("kdkernels::linear_distillation_loss")(
-    reference.linear_distillation_loss_fake
-)
-torch.library.register_fake("kdkernels::scaled")(reference.scaled_fake)
 
 # Bytes of the buffers that the chunks go through, where nobody says. At V = 49152 this is 426 rows
 # of two float32 heads and 853 of two bfloat16 ones on the CPU (214 rows of logits at a time), and
