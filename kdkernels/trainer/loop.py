@@ -31,6 +31,7 @@ from kdkernels.trainer.objective import (
     Learner,
     Objective,
     Outputs,
+    as_targets,
     check_same_inputs,
     describe,
     make_projectors,
@@ -49,8 +50,8 @@ from kdkernels.trainer.resume import (
 
 @dataclasses.dataclass
 class TrainResult:
-    """What a run did: `history` has one entry per evaluation,
-    {"step", "accuracy", "cross_entropy"}.
+    """What a run did: `history` has one entry per evaluation, its "step" and what `evaluate`
+    gives.
     """
 
     steps: int
@@ -413,31 +414,40 @@ def evaluate(
     ignore_index: int = -100,
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
-    """Top-1 accuracy and mean cross-entropy (nats) over the rows that have a label.
+    """Top-1 accuracy and mean cross-entropy (nats) over the rows that have a label, as {"accuracy",
+    "cross_entropy"}; where labels are real targets, mean squared and absolute error over those that
+    are not NaN, as {"mse", "mae"}.
 
     `loader` gives `(inputs, labels)` as in `train`. The model runs in eval mode and gets its modes
     back. Without an accelerator, model and loader are used as they are, on the device they are on.
     Raises ValueError if no row has a label.
     """
-    right = nll = count = 0.0
+    names = ("accuracy", "cross_entropy")
+    totals, count = [0.0, 0.0], 0.0
     with _kept_modes(model):
         model.eval()
         for inputs, labels in loader:
             with accelerator.autocast() if accelerator is not None else nullcontext():
                 logits = model(inputs).float()
-            rows = F.cross_entropy(
-                logits.movedim(-1, 1), labels, ignore_index=ignore_index, reduction="none"
-            )
-            hit = logits.argmax(-1) == labels
-            valid = labels != ignore_index
+            if labels.is_floating_point():
+                names = ("mse", "mae")
+                valid = ~labels.isnan()
+                error = as_targets("model", logits, labels) - labels
+                first, second = error.square(), error.abs()
+            else:
+                valid = labels != ignore_index
+                first = logits.argmax(-1) == labels
+                second = F.cross_entropy(
+                    logits.movedim(-1, 1), labels, ignore_index=ignore_index, reduction="none"
+                )
             if accelerator is not None:  # drops what a sharded loader repeats to even out its end
-                rows, hit, valid = accelerator.gather_for_metrics((rows, hit, valid))
-            nll += rows.double().sum().item()
-            right += (hit & valid).sum().item()
+                first, second, valid = accelerator.gather_for_metrics((first, second, valid))
+            for index, values in enumerate((first, second)):
+                totals[index] += torch.where(valid, values, 0).double().sum().item()
             count += valid.sum().item()
     if count == 0:
         raise ValueError("the evaluation loader has no row with a label: accuracy is undefined")
-    return {"accuracy": right / count, "cross_entropy": nll / count}
+    return {name: total / count for name, total in zip(names, totals, strict=True)}
 
 
 def _windows(loader: DataLoader, done: int, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -33,6 +33,7 @@ from kdkernels import (
     nst_loss,
     rkd_angle_loss,
     rkd_distance_loss,
+    similarity_loss,
 )
 from kdkernels.divergences import DIVERGENCES
 from kdkernels.trainer.config import TrainConfig
@@ -448,13 +449,13 @@ class Objective:
         assert self.regression is not None
         kind, bound = self.regression.loss, self.regression.teacher_loss
         delta = self.regression.delta
-        output = _as_targets("student", output, targets)
+        output = as_targets("student", output, targets)
         known = ~targets.isnan()
         filled = torch.where(known, targets, output.detach()).to(output.dtype)
         result = {"regression": _errors(kind, output, filled, delta).sum()}
         if teacher is None:
             return result
-        theirs = _as_targets("teacher", teacher.output, targets).to(output.dtype)
+        theirs = as_targets("teacher", teacher.output, targets).to(output.dtype)
         if bound != "bounded":
             result["regression_teacher"] = _errors(bound, output, theirs, delta).sum()
             return result
@@ -493,8 +494,6 @@ def _relation(entry: Similarity | Relation, student: Tensor, teacher: Tensor, st
         if entry.kind != "nst":
             student, teacher = student.flatten(1), teacher.flatten(1)
         return loss(student, teacher)
-    from kdkernels.ops.similarity_loss import similarity_loss
-
     return similarity_loss(
         student.flatten(1),
         teacher.flatten(1),
@@ -507,7 +506,7 @@ def _relation(entry: Similarity | Relation, student: Tensor, teacher: Tensor, st
     )
 
 
-def _as_targets(who: str, output: Tensor, targets: Tensor) -> Tensor:
+def as_targets(who: str, output: Tensor, targets: Tensor) -> Tensor:
     if output.shape == targets.shape:
         return output
     if output.shape == (*targets.shape, 1):  # would broadcast to (N, N) in silence

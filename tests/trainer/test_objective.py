@@ -2,6 +2,11 @@
 
 import copy
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import pytest
@@ -10,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from trainer.runs import CLASSES, make_config, make_data, make_loader
+from trainer.test_resume import CONTEXT
 
-from kdkernels.trainer import CheckpointError, train
+from kdkernels.trainer import CheckpointError, evaluate, train
 from kdkernels.trainer.objective import (
     Features,
     Labels,
@@ -125,7 +131,8 @@ def test_relations_of_a_batch(kind):
 
 
 def test_similarity_of_a_batch():
-    similarity_loss = pytest.importorskip("kdkernels.ops.similarity_loss").similarity_loss
+    from kdkernels import similarity_loss
+
     student, teacher = net(8, 0), net(16, 1)
     inputs, labels = make_data()
     inputs = inputs.double()
@@ -192,6 +199,21 @@ def test_the_objective_of_a_config_is_the_run_without_one(tmp_path):
         run(objective, temperature=3.0)
 
 
+def test_evaluate_real_targets():
+    model = net(8, 0, 1)
+    inputs, _ = make_data()
+    inputs, targets = inputs.double(), torch.arange(44.0).double() / 44
+    targets[::3] = math.nan
+    known = ~targets.isnan()
+    error = (model(inputs).squeeze(1) - targets)[known]
+    for batch_size in (44, 7):
+        metrics = evaluate(model, make_loader(inputs, targets, batch_size))
+        assert metrics == {
+            "mse": pytest.approx(error.square().mean().item(), rel=1e-6),
+            "mae": pytest.approx(error.abs().mean().item(), rel=1e-6),
+        }
+
+
 # ---- projectors ----
 
 WIDE = Objective(
@@ -242,6 +264,83 @@ def test_maps_get_a_projector_over_channels():
     objective = Objective(features=Features("1"), labels=Labels())
     train(config(epochs=1), student, loader, teacher=teacher, objective=objective)
     assert not torch.equal(student[1].weight, before)
+
+
+def _wide_run(run_dir, seed):
+    torch.set_num_threads(1)
+    run(WIDE, run_dir, seed=seed, epochs=40, checkpoint_every=5, optimizer="adamw")
+
+
+def test_killed_with_projectors_and_resumed(tmp_path):
+    _wide_run(tmp_path / "straight", 0)
+    kills = 0
+    for seed, newest in enumerate((0, 60, 140)):
+        process = CONTEXT.Process(target=_wide_run, args=(str(tmp_path / "killed"), seed))
+        process.start()
+        while process.is_alive() and newest > max(
+            [int(path.name[5:]) for path in tmp_path.glob("killed/checkpoints/step-*")], default=-1
+        ):
+            time.sleep(0.001)
+        process.kill()
+        process.join(60)
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills == 3, "the run was over before it could be killed"
+    _wide_run(tmp_path / "killed", 9)
+    a, b = (tmp_path / name / "student.safetensors" for name in ("straight", "killed"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_two_processes_with_projectors_equal_one_that_accumulates(tmp_path):
+    """Every term but those among a batch's samples: a process has its own batch."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from trainer.test_objective import *\n"
+        "inputs, labels = make_data(48)\n"
+        "objective = Objective(\n"
+        "    logits=Logits(), labels=Labels(), features=[Features('[02]')],\n"
+        "    regularizer=Regularizer('group'), weights={'regularizer': 0.01},\n"
+        ")\n"
+        "run(objective, sys.argv[1], loader=make_loader(inputs.double(), labels),\n"
+        "    accumulation_steps=int(sys.argv[2]), optimizer='sgd')\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher, name, accumulation in (([], "one", "2"), (two, "two", "1")):
+        command = [sys.executable, *launcher, str(script), str(tmp_path / name), accumulation]
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            assert process.wait(120) == 0
+        finally:
+            if process.poll() is None:  # the launcher alone would leave its workers behind
+                os.killpg(process.pid, signal.SIGKILL)
+    newest = [max((tmp_path / name / "checkpoints").iterdir()) for name in ("one", "two")]
+    one, other = (load_file(folder / "student.safetensors") for folder in newest)
+    assert any(name.startswith("projectors.") for name in one)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["compiled", "bf16"])
+def test_compiled_and_autocast_students(way):
+    student, teacher = net(8, 0).float(), net(16, 1).float()
+    inputs, labels = make_data()
+    loader = make_loader(inputs, labels, shuffle=False)
+    options = {"epochs": 1, "mixed_precision": "bf16" if way == "bf16" else "no"}
+    plain = copy.deepcopy(student)
+    model = torch.compile(student, backend="aot_eager") if way == "compiled" else student
+    model(inputs[:4])  # a graph without hooks exists
+    train(config(**options), model, loader, teacher=teacher, objective=WIDE)
+    train(config(epochs=1), plain, loader, teacher=teacher, objective=WIDE)
+    tolerance = 1e-5 if way == "compiled" else 0.03
+    for a, b in zip(student.parameters(), plain.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- schedules ----
