@@ -54,10 +54,10 @@ __all__ = [
     "linear_distillation_loss",
     "log_softmax",
     "nst_loss",
-    "rkd_angle_loss",
-    "rkd_distance_loss",
     "prototype_posterior",
     "prototypes",
+    "rkd_angle_loss",
+    "rkd_distance_loss",
     "similarity_loss",
     "softmax",
 ]

@@ -179,6 +179,24 @@ class Implementation:
             raise DeviceError(text.value.decode())
 
     def _forward(self, student, teacher, options, student_grad, teacher_grad):
+        problem, loss, tensors = self._forward_problem(
+            student, teacher, options, student_grad, teacher_grad
+        )
+        none = loss.dim() == 1
+        workspace = torch.full((self.lib.kd_workspace_bytes(),), 0x7F).byte()
+        self._run(
+            self.lib.kd_forward,
+            ctypes.byref(problem),
+            ctypes.c_void_p(None if none else loss.data_ptr()),
+            ctypes.c_void_p(workspace.data_ptr()),
+            loss=loss,
+            workspace=workspace,
+            **tensors,
+        )
+        return loss, tensors["rows"]
+
+    def _forward_problem(self, student, teacher, options, student_grad, teacher_grad):
+        """(problem, loss, every other tensor that it may touch)."""
         o = SimpleNamespace(**dict(zip(OPTION_NAMES, options, strict=True)))
         n, none = student.shape[0], o.reduction == "none"
         rows = torch.full(
@@ -198,24 +216,10 @@ class Implementation:
         problem.return_stats, problem.ignore_index = o.return_stats, o.ignore_index
         problem.reduction = REDUCTIONS.index(o.reduction)
         problem.totals = (loss if none else totals).data_ptr()
-        workspace = torch.full((self.lib.kd_workspace_bytes(),), 0x7F).byte()
-        tensors = {f"{k}": v for k, v in vars(o).items() if isinstance(v, torch.Tensor)}
-        self._run(
-            self.lib.kd_forward,
-            ctypes.byref(problem),
-            ctypes.c_void_p(None if none else loss.data_ptr()),
-            ctypes.c_void_p(workspace.data_ptr()),
-            student=student,
-            teacher=teacher,
-            student_grad=None if student_grad is student else student_grad,
-            teacher_grad=teacher_grad,
-            rows=rows,
-            loss=loss,
-            totals=totals,
-            workspace=workspace,
-            **tensors,
-        )
-        return loss, rows
+        tensors = {k: v for k, v in vars(o).items() if isinstance(v, torch.Tensor)}
+        tensors |= dict(student=student, teacher=teacher, teacher_grad=teacher_grad)
+        tensors |= dict(student_grad=None if student_grad is student else student_grad)
+        return problem, loss, tensors | dict(rows=rows, totals=totals)
 
     def _problem(self, student, teacher, rows, labels, divergence, label_smoothing, vocab_size):
         problem = _Problem()

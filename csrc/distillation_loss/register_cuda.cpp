@@ -1,8 +1,7 @@
 // distillation_loss on CUDA behind PyTorch's stable ABI: checks, device memory, the current stream.
 // Nothing waits for the device.
-#include "../cuda_tensors.h"
 #include "cuda.h"
-#include "ops.h"
+#include "cuda_ops.h"
 
 namespace kd {
 namespace {
@@ -16,20 +15,7 @@ void refuse_center(const OptionalTensor& center) {
 std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher, const Options& o,
                                    const Tensor* student_grad, const Tensor* teacher_grad) {
   refuse_center(o.teacher_center);
-  check_device(student, "student",
-               {{"teacher", teacher},
-                {"labels", o.labels},
-                {"token_weights", o.token_weights},
-                {"first", o.first_tensor},
-                {"second", o.second_tensor},
-                {"temperature", o.temperature_tensor},
-                {"teacher_temperature", o.teacher_temperature_tensor},
-                {"kd_weight", o.kd_weight_tensor},
-                {"ce_weight", o.ce_weight_tensor},
-                {"z_loss_weight", o.z_loss_weight_tensor},
-                {"normalizer", o.normalizer_tensor}});
-  refuse_float64(student, "student");
-  refuse_float64(teacher, "teacher");
+  check_forward(student, teacher, o);
   DeviceGuard device(student.get_device());
   auto [problem, loss, rows] = forward_of<float>(student, teacher, o, student_grad, teacher_grad);
   // Both return to the allocator at the end of this function, which hands them out again in the

@@ -102,7 +102,9 @@ def test_any_shape_mask_and_stride(
     )
     weights = torch.linspace(0.5, 2, n, dtype=torch.float64)
     weights[[i for i in masked if i < n]] = 0
-    if (weights != 0).sum() < 2:
+    rows = int((weights != 0).sum())
+    # Two rows about their own mean are opposite: their pkt score is log 0, which has its own test.
+    if rows < 2 or (rows == 2 and own and center and kernel == "pkt"):
         return
     options |= dict(
         divergence=divergence, exclude_diagonal=exclude, center=center, reduction=reduction,

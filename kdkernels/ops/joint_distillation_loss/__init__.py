@@ -45,7 +45,7 @@ SCHEMAS = {
     "joint_distillation_loss": f"(Tensor student, Tensor teacher, {OPTIONS}, {FEATURES}, "
     "bool student_grad, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
 }
-_backend.define(SCHEMAS, reference)
+_backend.define(SCHEMAS, reference, kernels=f"{__name__}.triton_kernels")
 
 
 class JointStats(NamedTuple):
@@ -87,7 +87,7 @@ def joint_distillation_loss(
             ``reduction``; the latter not "none".
         projector: its ``projector``, modules only.
         return_stats: also return ``JointStats``.
-        backend: None chooses; "cpp" or "reference" serves the call or raises.
+        backend: None chooses; "cpp", "triton" or "reference" serves the call or raises.
         options: those of ``distillation_loss`` (``temperature``, ``ce_weight``, ``divergence``, …),
             with their defaults, but for ``inplace`` and ``teacher_grad``; ``reduction`` is that of
             the logits, not "none".

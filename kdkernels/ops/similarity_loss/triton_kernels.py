@@ -23,7 +23,6 @@ from torch import Tensor
 from ...divergences_triton import LOG2_E, TERMS, probabilities, times
 from .. import _triton
 from .._triton import anchored
-from ..distillation_loss import reference as row_reference
 from ..distillation_loss import triton_kernels as rows_triton
 from ..distillation_loss.triton_kernels import (
     DIVERGENCE,
@@ -188,6 +187,7 @@ def _statistics(
     chunk = tl.program_id(1)
     first = tl.load(rows + FIRST * n)  # of all rows
     second = tl.load(rows + SECOND * n)
+    log2_e = tl.full((), LOG2_E, tl.float32)
     state = rows_triton.empty(TILE)
     for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, m), TILE):
         j = start + tl.arange(0, TILE)
@@ -196,9 +196,7 @@ def _statistics(
             teacher_squares, teacher_key_squares, parameters, key_mask, i, j, n, m,
             width, teacher_width, KERNEL, EXCLUDE, PRECISION, TILE, STEP,
         )  # fmt: skip
-        state = extended(
-            state, s, t, j[None, :], counts, LOG2_E + 0.0, LOG2_E + 0.0, first, second, KIND
-        )
+        state = extended(state, s, t, j[None, :], counts, log2_e, log2_e, first, second, KIND)
     for k in tl.static_range(STATES):
         place = (k * n + i.to(tl.int64)) * chunks + chunk
         tl.store(states + place, state[k].to(tl.float32, bitcast=True), mask=i < n)
@@ -440,8 +438,8 @@ def _run(
     n, width = student.shape
     m, teacher_width = teacher_keys.shape
     if parameters is None:
-        given = (gamma, temperature, teacher_gamma, teacher_temperature)
-        parameters = torch.stack([student.new_full((), value) for value in given])
+        numbers = (gamma, temperature, teacher_gamma, teacher_temperature)
+        parameters = torch.stack([student.new_full((), value) for value in numbers])
     else:
         parameters = torch.where((parameters > 0).all(), parameters, torch.nan)
     wants_rows, wants_keys, wants_parameters, wants_teacher = wanted or (False,) * 4
@@ -451,29 +449,17 @@ def _run(
     if n == 0:
         loss = student.new_zeros(0 if reduction == "none" else ())
         return loss, by_rows, by_keys.zero_(), by_parameters
-    plan = row_reference.plan(
+    given = rows_triton.started(
         student, teacher, None, row_weights, divergence, first, first_tensor, second,
         second_tensor, 1.0, None, 1.0, None, 1.0, None, 0.0, None, 0.0, None, None, None,
         False, 0.0, -100, True, m, reduction, False,
     )  # fmt: skip
-    rows = student.new_empty((len(row_reference.ROWS), n))
-    torch.stack(plan.lines, out=rows[row_reference.ROWS.index("kd_scale") :])
-    masks = (plan.kd_rows * (1 + 4 + 8)).to(torch.uint8)  # counts, both are read
-
+    rows = given.rows
     squares: tuple[Tensor | None, ...] = (None,) * 4
     if kernel in ("rbf", "student_t", "rbf_softmax"):
         both = (student, student_keys, teacher, teacher_keys)
         squares = tuple(x.square().sum(1) for x in both)
     term = TERMS[divergence]
-    kind = 0
-    for present, bit in (
-        (term.forward, rows_triton.FORWARD),
-        (term.reverse, rows_triton.REVERSE),
-        (term.tilted, rows_triton.TILTED),
-        (term.powers, rows_triton.POWERS),
-    ):
-        kind |= bit.value if present else 0
-    class_b = kind == 0
     chunks = -(-m // CHUNK)
     states = student.new_empty((STATES.value, n, chunks))
     sums = student.new_empty((2, n, chunks))
@@ -491,15 +477,14 @@ def _run(
     blocks, all_chunks = triton.cdiv(n, tile), triton.next_power_of_2(chunks)
     with _triton.on_device(student):
         _statistics[(blocks, chunks)](
-            *pairs, states, *sizes, chunks, KIND=kind, CHUNK=CHUNK, **options
+            *pairs, states, *sizes, chunks, KIND=given.kind, CHUNK=CHUNK, **options
         )
-        if class_b:
+        if given.class_b:
             _log_z[(n,)](states, rows, n, chunks, CHUNKS=all_chunks, num_warps=1, **_triton.EXACT)
             _sums[(blocks, chunks)](*pairs, sums, *sizes, chunks, CHUNK=CHUNK, **of_term, **options)
-        rows_triton._finish[(n,)](
-            rows, masks, None, None, None, states, sums, totals, n, m, chunks, 0.0, 0,
-            NAME=divergence, KIND=kind, HARDWARE=_triton.hardware_log(), CHUNKS=all_chunks,
-            CLASS_B=class_b, LABELLED=False, num_warps=1, **_triton.EXACT,
+        rows_triton.finish(
+            given, None, (None, None), states, sums, totals, m, chunks, divergence, 0.0, False,
+            given.class_b,
         )  # fmt: skip
         columns = triton.cdiv(width, WIDTH)
         gradient = dict(NAME=divergence, WIDTH=WIDTH, **of_term, **options)
