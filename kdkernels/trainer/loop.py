@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,28 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from kdkernels import distillation_loss
 from kdkernels.trainer.checkpoint import checkpoints, write_tensors
 from kdkernels.trainer.config import TrainConfig, learning_rate
+from kdkernels.trainer.layers import Captured, captured
+from kdkernels.trainer.objective import (
+    FirstSteps,
+    Learner,
+    Objective,
+    Outputs,
+    as_targets,
+    check_same_inputs,
+    describe,
+    make_projectors,
+    pair_layers,
+    tensors_of,
+)
 from kdkernels.trainer.resume import (
     Progress,
     full_state_dict,
@@ -38,8 +50,8 @@ from kdkernels.trainer.resume import (
 
 @dataclasses.dataclass
 class TrainResult:
-    """What a run did: `history` has one entry per evaluation,
-    {"step", "accuracy", "cross_entropy"}.
+    """What a run did: `history` has one entry per evaluation, its "step" and what `evaluate`
+    gives.
     """
 
     steps: int
@@ -54,12 +66,23 @@ def train(
     *,
     teacher: nn.Module | None = None,
     eval_loader: DataLoader | None = None,
+    objective: Objective | None = None,
 ) -> TrainResult:
-    """Train `student` in place on labels and on the logits of a frozen `teacher`.
+    """Train `student` in place on labels and on what a frozen `teacher` gives.
+
+    `objective` says what is minimised (`kdkernels.trainer.objective`); None: the labels and the
+    teacher's logits, with the weights and options of `config`, which must keep their defaults where
+    an objective is given.
 
     Loaders give `(inputs, labels)`; a model maps inputs to logits (*labels.shape, vocab); labels
     are int64, `config.ignore_index` where there is none. The loss of a step is `distillation_loss`
     with reduction "batchmean" over all its rows, however they are split into batches or processes.
+    With `objective.regression` labels are floating point, NaN where there is none. Similarities and
+    relations are among the samples of one batch of one process.
+
+    In the first steps it warns, by name, of a term without a gradient and a teacher whose outputs
+    are the same for all samples; a student layer without gradient and a student that changes its
+    inputs before the teacher reads them are errors.
 
     The teacher runs in eval mode without gradient and gets its modes back; it stays on the device
     the run used, like the student. Python's, NumPy's and torch's random states are seeded.
@@ -74,7 +97,11 @@ def train(
     Raises ValueError for arguments that do not fit together, CheckpointError for a checkpoint that
     is damaged or of another run, FloatingPointError at the first step whose loss is not finite.
     """
-    _check_arguments(config, train_loader, teacher)
+    if objective is None:
+        objective = Objective.from_config(config)
+    else:
+        _check_replaced(config)
+    _check_arguments(objective, train_loader, teacher)
     # Accelerate keeps one precision a process; a second run with another would be refused.
     if (
         AcceleratorState._shared_state
@@ -92,27 +119,75 @@ def train(
     )
     _check_launch(accelerator)
     set_seed(config.seed, device_specific=True)
-    optimizer = _make_optimizer(config, student)
     with (
         _kept_modes(student, teacher),
         _kept_sampler(train_loader),
         _kept_sampler(eval_loader),
+        ExitStack() as hooks,
     ):
-        student.train()
-        model, optimizer, loader = accelerator.prepare(student, optimizer, train_loader)
+        terms = _Terms(objective)
+        learner: nn.Module = student
+        if objective.layer_entries():
+            assert teacher is not None
+            learner = _make_learner(
+                config, accelerator, terms, student, teacher, train_loader, hooks
+            )
+        optimizer = _make_optimizer(config, learner)
+        learner.train()
+        model, optimizer, loader = accelerator.prepare(learner, optimizer, train_loader)
         if eval_loader is not None:
             eval_loader = accelerator.prepare_data_loader(eval_loader)
         if teacher is not None:
             teacher.to(accelerator.device).eval()
         try:
-            return _run(config, accelerator, model, optimizer, loader, teacher, eval_loader)
+            return _run(config, accelerator, terms, model, optimizer, loader, teacher, eval_loader)
         finally:
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+@dataclasses.dataclass
+class _Terms:
+    """An objective and what it found in the models."""
+
+    objective: Objective
+    pairs: dict[str, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
+    of_teacher: Captured | None = None
+
+
+def _make_learner(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    terms: _Terms,
+    student: nn.Module,
+    teacher: nn.Module,
+    loader: DataLoader,
+    hooks: ExitStack,
+) -> Learner:
+    """Put hooks on both models, and projectors where their layers' widths differ."""
+    terms.pairs = pair_layers(terms.objective, student, teacher)
+    sides = list(zip(*(pair for pairs in terms.pairs.values() for pair in pairs), strict=True))
+    of_student = hooks.enter_context(captured(student, sides[0], what="student"))
+    of_teacher = hooks.enter_context(captured(teacher, sides[1], what="teacher"))
+    terms.of_teacher = of_teacher
+    # Two samples through both models show the widths; nothing of that stays in the run.
+    with kept_random_state(), torch.no_grad():
+        indices = range(min(2, len(loader.dataset)))  # type: ignore[arg-type]
+        batch = loader.collate_fn([loader.dataset[i] for i in indices])
+        inputs = send_to_device(batch, accelerator.device)[0]
+        for model in (student, teacher):
+            model.to(accelerator.device).eval()
+            model(inputs)
+        seen = of_student.take(), of_teacher.take()
+    with kept_random_state():
+        torch.manual_seed(config.seed)  # the same on every process
+        projectors = make_projectors(terms.objective, terms.pairs, *seen)
+    return Learner(student, projectors, of_student)
 
 
 def _run(
     config: TrainConfig,
     accelerator: Accelerator,
+    terms: _Terms,
     student: nn.Module,
     optimizer: Any,
     loader: Any,  # a DataLoader as Accelerate wraps it
@@ -126,14 +201,30 @@ def _run(
     eval_every = config.eval_every or steps_per_epoch
     checkpoint_every = config.checkpoint_every or steps_per_epoch
     parameters = [p for p in student.parameters() if p.requires_grad]
+    inner = accelerator.unwrap_model(student)
+    exported = inner.student if isinstance(inner, Learner) else inner
+    from_config = terms.objective == Objective.from_config(config)
+    described = None if from_config else describe(terms.objective)
+    first: FirstSteps | None = FirstSteps(terms.objective)
 
     folder = Path(config.run_dir) / "checkpoints" if config.run_dir is not None else None
     progress, random_state, resumed_from = Progress(), None, None
     if folder is not None:
-        restored = restore(config, accelerator, student, optimizer, folder, batches_per_epoch)
+        restored = restore(
+            config, accelerator, student, optimizer, folder, batches_per_epoch, described
+        )
         if restored is None:
             # Also keeps the initial weights, which a restarted script may not draw again.
-            save(config, accelerator, student, optimizer, folder, batches_per_epoch, progress)
+            save(
+                config,
+                accelerator,
+                student,
+                optimizer,
+                folder,
+                batches_per_epoch,
+                progress,
+                described,
+            )
         else:
             progress, random_state = restored
             resumed_from = progress.step
@@ -163,7 +254,14 @@ def _run(
                 rate = learning_rate(config, progress.step, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                scalars = _backward(config, accelerator, student, teacher, window)
+                scalars = _backward(
+                    config, accelerator, terms, student, teacher, window, progress.step, first
+                )
+                if first is not None:
+                    first.steps += 1
+                    if first.steps == FirstSteps.STEPS or progress.step + 1 == total_steps:
+                        first.report(accelerator)
+                        first = None
                 norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
                 _check_finite(accelerator, scalars["loss"], norm, progress, folder)
                 optimizer.step()
@@ -178,6 +276,9 @@ def _run(
                 if last or progress.step % config.log_every == 0:
                     bar.set_postfix(loss=f"{scalars['loss']:.4g}", refresh=False)
                     scalars |= {"learning_rate": rate, "grad_norm": float(norm)}
+                    if terms.objective.regularizer is not None:
+                        share = terms.objective.regularizer.removable_channels(exported)
+                        scalars["removable_channels"] = share
                     _log(writer, "train", scalars, progress.step)
                 if eval_loader is not None and (last or progress.step % eval_every == 0):
                     with kept_random_state():  # so that eval_every does not change the training
@@ -193,10 +294,17 @@ def _run(
                     if writer is not None:
                         writer.flush()  # a resumed run does not log these steps again
                     save(
-                        config, accelerator, student, optimizer, folder, batches_per_epoch, progress
+                        config,
+                        accelerator,
+                        student,
+                        optimizer,
+                        folder,
+                        batches_per_epoch,
+                        progress,
+                        described,
                     )
     if config.run_dir is not None:
-        weights = full_state_dict(accelerator.unwrap_model(student))
+        weights = full_state_dict(exported)
         if accelerator.is_main_process:
             write_tensors(Path(config.run_dir) / "student.safetensors", weights)
         accelerator.wait_for_everyone()
@@ -206,56 +314,70 @@ def _run(
 def _backward(
     config: TrainConfig,
     accelerator: Accelerator,
+    terms: _Terms,
     student: nn.Module,
     teacher: nn.Module | None,
-    window: list[tuple[Tensor, Tensor]],
+    window: list[tuple[Any, Tensor]],
+    step: int,
+    first: FirstSteps | None,
 ) -> dict[str, float]:
     """Accumulate the gradient of one step; return its loss and the means of its terms.
 
-    Distillation and cross-entropy are averaged over different rows, and a batch may hold any share
-    of them: dividing each batch by its own counts would weigh rows of small batches more, so the
-    counts are taken over the whole step, all processes included, before the first backward.
+    Terms are averaged over different rows, and a batch may hold any share of them: dividing each
+    batch by its own counts would weigh rows of small batches more, so the counts are taken over the
+    whole step, all processes included, before the first backward.
     """
-    counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
+    objective = terms.objective
+    counts = torch.zeros(3, dtype=torch.int64, device=accelerator.device)
     for _, labels in window:
-        labelled = (labels != config.ignore_index).sum()
-        every = torch.full_like(labelled, labels.numel())
-        counts += torch.stack([labelled if config.mask_kd else every, labelled])
-    kd_rows, ce_rows = accelerator.reduce(counts).clamp(min=1).tolist()
+        counts += objective.counts(labels, config.ignore_index)
     # Processes average their gradients where a step needs the sum.
-    kd_scale, ce_scale = accelerator.num_processes / kd_rows, accelerator.num_processes / ce_rows
+    scales = [
+        accelerator.num_processes / rows
+        for rows in accelerator.reduce(counts).clamp(min=1).tolist()
+    ]
+    inner = accelerator.unwrap_model(student)
+    learner = inner if isinstance(inner, Learner) else None
+    weights = objective.weights_at(step)
 
-    totals = torch.zeros(3, device=accelerator.device)
+    totals: dict[str, Tensor] = {}
     for index, (inputs, labels) in enumerate(window):
         last = index == len(window) - 1
         with nullcontext() if last else accelerator.no_sync(student):
-            logits = student(inputs)
-            if teacher is None:
-                teacher_logits = logits.detach()  # kd_weight is 0; any row of this shape will do
-            else:
+            before = [x.clone() for x in tensors_of(inputs)] if first is not None else []
+            output = student(inputs)
+            if first is not None:
+                check_same_inputs(before, inputs)
+            own = Outputs(output, {}, {})
+            if learner is not None:
+                own = Outputs(output, learner.layers, learner.projected)
+            theirs = None
+            if teacher is not None:
                 with torch.no_grad(), accelerator.autocast():
-                    teacher_logits = teacher(inputs)
-            loss, stats = distillation_loss(
-                logits,
-                teacher_logits,
-                labels,
-                divergence=config.make_divergence(),
-                temperature=config.temperature,
-                kd_weight=config.kd_weight * kd_scale,
-                ce_weight=config.ce_weight * ce_scale,
-                z_loss_weight=config.z_loss_weight * kd_scale,
-                label_smoothing=config.label_smoothing,
-                ignore_index=config.ignore_index,
-                mask_kd=config.mask_kd,
-                reduction="sum",
-                return_stats=True,
+                    target = teacher(inputs)
+                of_teacher = terms.of_teacher.take() if terms.of_teacher is not None else {}
+                theirs = Outputs(target, of_teacher, {})
+            options: dict[str, Any] = {
+                "scales": scales,
+                "step": step,
+                "ignore_index": config.ignore_index,
+            }
+            if first is not None:
+                first.watch(own, theirs, labels, terms.pairs, **options)
+            loss, values = objective.loss(
+                own, theirs, labels, terms.pairs, weights=weights, **options
             )
+            if last and objective.regularizer is not None:
+                # Of the weights, not of rows: once a step, the same on every process.
+                model = learner.student if learner is not None else inner
+                size = objective.regularizer.value(model)
+                loss = loss + weights.get("regularizer", 0.0) * size
+                values["regularizer"] = size.detach()
             accelerator.backward(loss)
-        terms = torch.stack([stats.kd.sum() * kd_scale, stats.ce.sum() * ce_scale])
-        totals += torch.cat([loss.detach()[None], terms])
-    loss_, kd, ce = accelerator.reduce(totals, reduction="mean").tolist()
-    scalars = {"loss": loss_, "cross_entropy": ce}
-    return scalars if teacher is None else {**scalars, "kd": kd}
+        for name, value in {"loss": loss.detach(), **values}.items():
+            totals[name] = totals.get(name, 0.0) + value.float()
+    reduced = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
+    return dict(zip(totals, reduced, strict=True))
 
 
 def _log(writer: SummaryWriter | None, group: str, values: dict[str, float], step: int) -> None:
@@ -292,31 +414,40 @@ def evaluate(
     ignore_index: int = -100,
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
-    """Top-1 accuracy and mean cross-entropy (nats) over the rows that have a label.
+    """Top-1 accuracy and mean cross-entropy (nats) over the rows that have a label, as {"accuracy",
+    "cross_entropy"}; where labels are real targets, mean squared and absolute error over those that
+    are not NaN, as {"mse", "mae"}.
 
     `loader` gives `(inputs, labels)` as in `train`. The model runs in eval mode and gets its modes
     back. Without an accelerator, model and loader are used as they are, on the device they are on.
     Raises ValueError if no row has a label.
     """
-    right = nll = count = 0.0
+    names = ("accuracy", "cross_entropy")
+    totals, count = [0.0, 0.0], 0.0
     with _kept_modes(model):
         model.eval()
         for inputs, labels in loader:
             with accelerator.autocast() if accelerator is not None else nullcontext():
                 logits = model(inputs).float()
-            rows = F.cross_entropy(
-                logits.movedim(-1, 1), labels, ignore_index=ignore_index, reduction="none"
-            )
-            hit = logits.argmax(-1) == labels
-            valid = labels != ignore_index
+            if labels.is_floating_point():
+                names = ("mse", "mae")
+                valid = ~labels.isnan()
+                error = as_targets("model", logits, labels) - labels
+                first, second = error.square(), error.abs()
+            else:
+                valid = labels != ignore_index
+                first = logits.argmax(-1) == labels
+                second = F.cross_entropy(
+                    logits.movedim(-1, 1), labels, ignore_index=ignore_index, reduction="none"
+                )
             if accelerator is not None:  # drops what a sharded loader repeats to even out its end
-                rows, hit, valid = accelerator.gather_for_metrics((rows, hit, valid))
-            nll += rows.double().sum().item()
-            right += (hit & valid).sum().item()
+                first, second, valid = accelerator.gather_for_metrics((first, second, valid))
+            for index, values in enumerate((first, second)):
+                totals[index] += torch.where(valid, values, 0).double().sum().item()
             count += valid.sum().item()
     if count == 0:
         raise ValueError("the evaluation loader has no row with a label: accuracy is undefined")
-    return {"accuracy": right / count, "cross_entropy": nll / count}
+    return {name: total / count for name, total in zip(names, totals, strict=True)}
 
 
 def _windows(loader: DataLoader, done: int, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -377,11 +508,33 @@ def _check_launch(accelerator: Accelerator) -> None:
         )
 
 
-def _check_arguments(config: TrainConfig, loader: DataLoader, teacher: nn.Module | None) -> None:
-    if teacher is None and config.kd_weight > 0:
+def _check_replaced(config: TrainConfig) -> None:
+    for name in (
+        "kd_weight",
+        "ce_weight",
+        "z_loss_weight",
+        "divergence",
+        "divergence_args",
+        "temperature",
+        "label_smoothing",
+        "mask_kd",
+    ):
+        if getattr(config, name) != getattr(TrainConfig(), name):
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r} in the config while an objective is given, "
+                "which takes its place: say it there"
+            )
+
+
+def _check_arguments(objective: Objective, loader: DataLoader, teacher: nn.Module | None) -> None:
+    needing = objective.teacher_terms()
+    if teacher is None and needing == ["logits"] and not objective.layer_entries():
         raise ValueError(
-            f"teacher is None while kd_weight is {config.kd_weight}; give a teacher, or kd_weight=0"
+            f"teacher is None while kd_weight is {objective.weights.get('logits', 1.0)}; give a "
+            "teacher, or kd_weight=0 (weights={'logits': 0} in an objective)"
         )
+    if teacher is None and needing:
+        raise ValueError(f"teacher is None; {', '.join(needing)} need one")
     try:
         batches = len(loader)
     except TypeError:

@@ -79,8 +79,12 @@ def save(
     folder: Path,
     batches_per_epoch: int,
     progress: Progress,
+    objective: str | None,
 ) -> None:
-    """Every process takes part: shards are gathered, the main process writes."""
+    """Every process takes part: shards are gathered, the main process writes.
+
+    `student` is all that is trained, projectors too.
+    """
     model = accelerator.unwrap_model(student)
     names = _trained(model)
     moments = {
@@ -93,6 +97,7 @@ def save(
     state = {
         "config": dataclasses.asdict(config),
         "batches_per_epoch": batches_per_epoch,
+        "objective": objective,
         "progress": dataclasses.asdict(progress),
         "random": gather_object([_random_state()]),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -109,13 +114,14 @@ def restore(
     optimizer: Any,
     folder: Path,
     batches_per_epoch: int,
+    objective: str | None,
 ) -> tuple[Progress, dict[str, Any]] | None:
     """Load the newest checkpoint, if any, into model and optimiser; every process reads it."""
     loaded = load_checkpoint(folder)
     if loaded is None:
         return None
     tensors, state = loaded
-    _check_same_run(folder, config, accelerator, batches_per_epoch, state)
+    _check_same_run(folder, config, accelerator, batches_per_epoch, objective, state)
 
     model = accelerator.unwrap_model(student)
     own = model.state_dict()
@@ -142,10 +148,12 @@ def _check_same_run(
     config: TrainConfig,
     accelerator: Accelerator,
     batches_per_epoch: int,
+    objective: str | None,
     state: dict[str, Any],
 ) -> None:
     then = {**state["config"], "batches_per_epoch": state["batches_per_epoch"]}
     now = {**dataclasses.asdict(config), "batches_per_epoch": batches_per_epoch}
+    then["objective"], now["objective"] = state.get("objective"), objective
     then["processes"], now["processes"] = len(state["random"]), accelerator.num_processes
     changed = [
         f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
