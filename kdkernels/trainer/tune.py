@@ -261,6 +261,7 @@ def cross_validate(
     every setting diverged or the defaults did in the nested test.
     """
     _check_arguments(data, config, folds, outer_folds, metric, batch_size, workers)
+    config = TrainConfig(**_fields(config))  # a subclass may refuse runs that leave no files
     settings = _settings(grid, config)
     distils = config.kd_weight > 0 and outer_folds is not None
     distils |= any(dataclasses.replace(config, **s).kd_weight > 0 for s in settings)
@@ -575,8 +576,8 @@ def _interval(values: Sequence[float], folds: int) -> tuple[float, float]:
 
 def _settings(grid: Mapping[str, Sequence[Any]], config: TrainConfig) -> list[Setting]:
     """Every combination, the last key changing fastest; each makes a valid config."""
-    if not grid:
-        raise ValueError("grid is empty; accepted is a value list for at least one option")
+    if not isinstance(grid, Mapping) or not grid:
+        raise ValueError(f"grid is {grid!r}; accepted is a list of values for each of some options")
     accepted = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in _NOT_IN_GRID]
     for key, values in grid.items():
         _check_key(key, accepted, "grid")
@@ -713,6 +714,7 @@ def tune_mnist(
 
     Returns its result and the refitted student's figures on the 1,000 digits held out.
     """
+    _settings(grid, config)  # an error in it is not worth a teacher's training
     digits = load_digits()
     labels = hide_labels(
         digits.train_labels, config.labels_per_class, config.seed, config.ignore_index
