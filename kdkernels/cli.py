@@ -86,7 +86,7 @@ def _tune(options: Sequence[str]) -> None:
     parser.add_argument(
         "--grid",
         type=json.loads,
-        default='{"kd_weight": [0.03, 0.3, 0.9], "temperature": [1.0, 4.0, 8.0]}',
+        default='{"kd_weight": [0.03, 0.3, 0.9], "temperature": [1.0, 2.0, 4.0]}',
         help="JSON: the values to try of each option, all combinations",
         metavar="X",
     )
