@@ -21,6 +21,9 @@ for op in (
     "scale_rows_",
     "softmax",
     "softmax_backward",
+    "feature_loss",
+    "scale_features_",
+    "joint_distillation_loss",
 ):
     for device in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{op}", device), op

@@ -126,6 +126,11 @@ def _attention(x: Tensor) -> Tensor:
     return F.normalize(positions)
 
 
+def _gaussian(student: Tensor, t: Tensor, log_variance: Tensor) -> Tensor:
+    teacher, variance = t.movedim(_channel(t), -1), log_variance.exp().expand(student.shape)
+    return F.gaussian_nll_loss(student, teacher, variance, eps=0.0)
+
+
 LINES: dict[str, Callable[..., Tensor]] = {
     "l2": lambda s, t: F.mse_loss(s, t),
     "smooth_l1": lambda s, t: F.smooth_l1_loss(s, t),
@@ -134,9 +139,7 @@ LINES: dict[str, Callable[..., Tensor]] = {
         F.normalize(s, dim=_channel(s)), F.normalize(t, dim=_channel(t))
     ),
     "attention": lambda s, t: (_attention(s) - _attention(t)).pow(2).mean(),
-    "gaussian_nll": lambda s, t, v: F.gaussian_nll_loss(
-        s.movedim(_channel(s), -1), t.movedim(_channel(t), -1), v.exp(), eps=0.0
-    ),
+    "gaussian_nll": lambda s, t, v: _gaussian(s.movedim(_channel(s), -1), t, v),
 }
 
 

@@ -440,9 +440,9 @@ def thresholds(results: dict[str, Any]) -> list[dict[str, Any]]:
     for point in results["scaling"].values():
         by_dtype.setdefault(point["dtype"], []).append(point)
     for dtype, points in by_dtype.items():
-        times = [point["us_per_token"] for point in points]
+        per_token = [point["us_per_token"] for point in points]
         rows = f"{min(p['rows'] for p in points)} to {max(p['rows'] for p in points)} rows"
-        slowest = max(times) / min(times)
+        slowest = max(per_token) / min(per_token)
         entry(f"scaling, {dtype}, {rows}", "slowest / fastest", slowest, "<=", SCALING_SPREAD)
         peaks = [point["peak_bytes"] for point in points if "peak_bytes" in point]
         if peaks:

@@ -169,13 +169,32 @@ def dkd(target_weight: Parameter = 1.0, non_target_weight: Parameter = 8.0) -> D
     )
 
 
+def adaptive_kl() -> Divergence:
+    """Adaptive KL: ``jeffreys`` with, in each row, the share of Σ|p − q| in the head of the
+    teacher's distribution as its weight, without gradient: Wu et al. 2024, arXiv 2404.02657.
+
+    Head: its most probable column, and all down to where the cumulative probability would pass ½
+    (equal ones in the order of their columns); both distributions at the temperatures used. A row
+    in which they agree has weight ½.
+    """
+    return Divergence("adaptive_kl")
+
+
+def cross_entropy() -> Divergence:
+    """Cross-entropy of the student under the teacher, −Σ q a: forward KL plus the teacher's
+    entropy, so with the same gradient for the student; it gives the teacher none. The value that
+    DINO reports: Caron et al. 2021, arXiv 2104.14294.
+    """
+    return Divergence("cross_entropy")
+
+
 def resolve(divergence: str | Divergence) -> Divergence:
     """The divergence that a name (with default parameters) or an object stands for."""
     if isinstance(divergence, Divergence):
         return divergence
-    if not isinstance(divergence, str) or divergence not in DIVERGENCES:
+    if not isinstance(divergence, str) or divergence not in _MAKERS:
         raise ValueError(
-            f"divergence={divergence!r} is unknown; accepted: {', '.join(DIVERGENCES)}, "
+            f"divergence={divergence!r} is unknown; accepted: {', '.join(_MAKERS)}, "
             "or an object made by kdkernels.divergences"
         )
     return _DEFAULTS[divergence]
@@ -373,9 +392,15 @@ DIVERGENCES: dict[str, Callable[..., Divergence]] = {
     "ab": ab,
     "dkd": dkd,
 }
+# Of distillation_loss and what is made of it: more than one function of a row's columns.
+MADE_OF_OTHERS: dict[str, Callable[..., Divergence]] = {
+    "adaptive_kl": adaptive_kl,
+    "cross_entropy": cross_entropy,
+}
+_MAKERS = {**DIVERGENCES, **MADE_OF_OTHERS}
 
-_DEFAULTS = {name: make() for name, make in DIVERGENCES.items()}
+_DEFAULTS = {name: make() for name, make in _MAKERS.items()}
 _PARAMETERS: dict[str, tuple[str, str]] = {}
-for _name, _make in DIVERGENCES.items():
+for _name, _make in _MAKERS.items():
     _given = [*inspect.signature(_make).parameters, "", ""]
     _PARAMETERS[_name] = (_given[0], _given[1])

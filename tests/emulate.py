@@ -30,6 +30,7 @@ SOURCES = (
     "csrc/distillation_loss/cuda_kl.cu",
     "csrc/distillation_loss/cuda_mixtures.cu",
     "csrc/distillation_loss/cuda_powers.cu",
+    "csrc/logit_rows/cuda.cu",
     "csrc/softmax/cuda.cu",
     "tests/emulate_shim.cpp",
 )
@@ -178,6 +179,24 @@ class Implementation:
             raise DeviceError(text.value.decode())
 
     def _forward(self, student, teacher, options, student_grad, teacher_grad):
+        problem, loss, tensors = self._forward_problem(
+            student, teacher, options, student_grad, teacher_grad
+        )
+        none = loss.dim() == 1
+        workspace = torch.full((self.lib.kd_workspace_bytes(),), 0x7F).byte()
+        self._run(
+            self.lib.kd_forward,
+            ctypes.byref(problem),
+            ctypes.c_void_p(None if none else loss.data_ptr()),
+            ctypes.c_void_p(workspace.data_ptr()),
+            loss=loss,
+            workspace=workspace,
+            **tensors,
+        )
+        return loss, tensors["rows"]
+
+    def _forward_problem(self, student, teacher, options, student_grad, teacher_grad):
+        """(problem, loss, every other tensor that it may touch)."""
         o = SimpleNamespace(**dict(zip(OPTION_NAMES, options, strict=True)))
         n, none = student.shape[0], o.reduction == "none"
         rows = torch.full(
@@ -197,24 +216,10 @@ class Implementation:
         problem.return_stats, problem.ignore_index = o.return_stats, o.ignore_index
         problem.reduction = REDUCTIONS.index(o.reduction)
         problem.totals = (loss if none else totals).data_ptr()
-        workspace = torch.full((self.lib.kd_workspace_bytes(),), 0x7F).byte()
-        tensors = {f"{k}": v for k, v in vars(o).items() if isinstance(v, torch.Tensor)}
-        self._run(
-            self.lib.kd_forward,
-            ctypes.byref(problem),
-            ctypes.c_void_p(None if none else loss.data_ptr()),
-            ctypes.c_void_p(workspace.data_ptr()),
-            student=student,
-            teacher=teacher,
-            student_grad=None if student_grad is student else student_grad,
-            teacher_grad=teacher_grad,
-            rows=rows,
-            loss=loss,
-            totals=totals,
-            workspace=workspace,
-            **tensors,
-        )
-        return loss, rows
+        tensors = {k: v for k, v in vars(o).items() if isinstance(v, torch.Tensor)}
+        tensors |= dict(student=student, teacher=teacher, teacher_grad=teacher_grad)
+        tensors |= dict(student_grad=None if student_grad is student else student_grad)
+        return problem, loss, tensors | dict(rows=rows, totals=totals)
 
     def _problem(self, student, teacher, rows, labels, divergence, label_smoothing, vocab_size):
         problem = _Problem()
@@ -289,6 +294,61 @@ class Implementation:
             factor=factor,
         )
 
+    def row_moments(self, x, vocab_size):
+        out = torch.full((2, len(x)), torch.nan)
+        matrix = _matrix(x)
+        sizes = (ctypes.c_int64(len(x)), ctypes.c_int64(vocab_size))
+        self._run(self.lib.kd_moments, ctypes.byref(matrix), *sizes, _pointer(out), x=x, out=out)
+        return out
+
+    def add_centered_(self, grad, x, mean, factor, vocab_size):
+        matrices = [_matrix(grad), _matrix(x)]
+        self._run(
+            self.lib.kd_add_centered,
+            *map(ctypes.byref, matrices),
+            _pointer(mean),
+            _pointer(factor),
+            ctypes.c_int64(len(x)),
+            ctypes.c_int64(vocab_size),
+            grad=grad,
+            x=x,
+            mean=mean,
+            factor=factor,
+        )
+
+    def temperature_sums(self, student, teacher, rows, labels, divergence, vocab_size):
+        problem = self._problem(student, teacher, rows, labels, divergence, 0.0, vocab_size)
+        out = torch.full((3, len(student)), torch.nan)
+        self._run(
+            self.lib.kd_temperature_sums,
+            ctypes.byref(problem),
+            _pointer(out),
+            student=student,
+            teacher=teacher,
+            rows=rows,
+            labels=labels,
+            out=out,
+        )
+        return out
+
+    def adaptive_weights(self, student, teacher, temperature, teacher_temperature, vocab_size):
+        out = torch.full((len(student),), torch.nan)
+        structures = [_matrix(student), _matrix(teacher)]
+        structures += [_parameter(None, tau) for tau in (temperature, teacher_temperature)]
+        self._run(
+            self.lib.kd_adaptive_weights,
+            *map(ctypes.byref, structures),
+            ctypes.c_int64(len(student)),
+            ctypes.c_int64(vocab_size),
+            _pointer(out),
+            student=student,
+            teacher=teacher,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            out=out,
+        )
+        return out
+
     def softmax(self, x, temperature, temperature_tensor, log):
         output = _fresh(x)
         problem = _SoftmaxProblem(_matrix(x), _matrix(output), _matrix(None))
@@ -317,6 +377,10 @@ class Implementation:
             temperature=temperature_tensor,
         )
         return gradient
+
+
+def _pointer(x: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def _fresh(like: torch.Tensor) -> torch.Tensor:

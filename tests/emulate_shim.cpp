@@ -1,5 +1,6 @@
 // The CUDA launchers as C functions, for tests/emulate.py, which lays out Problem<float> itself.
 #include "distillation_loss/cuda.h"
+#include "logit_rows/cuda.h"
 #include "softmax/cuda.h"
 
 #define KD_EXPORT extern "C" __attribute__((visibility("default")))
@@ -29,4 +30,23 @@ KD_EXPORT int kd_softmax(const kd::softmax::Problem<float>* problem, int64_t n, 
 KD_EXPORT int kd_softmax_backward(const kd::softmax::Problem<float>* problem, int64_t n,
                                   char* text) {
   return report(kd::softmax::cuda_backward(*problem, n, nullptr), text);
+}
+KD_EXPORT int kd_moments(const kd::Matrix* x, int64_t n, int64_t vocab, float* out, char* text) {
+  return report(kd::logit_rows::cuda_moments(*x, n, vocab, out, nullptr), text);
+}
+KD_EXPORT int kd_add_centered(const kd::Matrix* grad, const kd::Matrix* x, const float* mean,
+                              const float* factor, int64_t n, int64_t vocab, char* text) {
+  kd::logit_rows::Centered<float> problem{vocab, *grad, *x, mean, factor};
+  return report(kd::logit_rows::cuda_add_centered(problem, n, nullptr), text);
+}
+KD_EXPORT int kd_temperature_sums(const kd::Problem<float>* problem, float* out, char* text) {
+  return report(kd::logit_rows::cuda_temperature_sums(*problem, out, nullptr), text);
+}
+KD_EXPORT int kd_adaptive_weights(const kd::Matrix* student, const kd::Matrix* teacher,
+                                  const kd::Parameter<float>* temperature,
+                                  const kd::Parameter<float>* teacher_temperature, int64_t n,
+                                  int64_t vocab, float* out, char* text) {
+  kd::logit_rows::Adaptive<float> problem{
+      vocab, *student, *teacher, *temperature, *teacher_temperature, out};
+  return report(kd::logit_rows::cuda_adaptive_weights(problem, n, nullptr), text);
 }

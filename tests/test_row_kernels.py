@@ -13,7 +13,10 @@ import shutil
 import numpy as np
 import oracle
 import pytest
+import torch
 from sanitize import build, cases
+
+from kdkernels.ops.feature_loss import reference
 
 
 def sizes(module):
@@ -160,3 +163,41 @@ def test_kl_div(module, level, student, target):
         by_target = upstream * (q if case.log_target else t != 0)
         slope, size = log_t - x + 1, np.abs(log_t) + np.abs(x) + 1
         compare(got["target_grad"], by_target * slope, np.abs(by_target) * size)
+
+
+@pytest.mark.parametrize("metric, normalize", cases.FEATURE_METRICS)
+def test_feature_loss(module, level, metric, normalize):
+    """Against the reference, in float64, of what the arrays hold."""
+    for case in cases.feature_cases(module.block):
+        if (case.metric, case.normalize) != (metric, normalize):
+            continue
+        got = cases.same_on_threads(cases.feature_loss, module, level, case, threads=3)
+        student, teacher, mask, log_variance = (
+            torch.from_numpy(cases.read(got[name]))
+            for name in ("student", "teacher", "mask", "log_variance")
+        )
+        gaussian = metric == "gaussian_nll"
+        losses, _, (gradient, variance_sums) = reference.feature_loss(
+            [student],
+            [teacher],
+            [mask],
+            [log_variance if gaussian else None],
+            [3],
+            metric,
+            normalize,
+            0.75,
+            [1.0],
+            None,
+            "none",
+            None,
+            [True, gaussian],
+        )
+        samples = student.shape[0]
+        # Terms of both signs are added up over all channels and positions.
+        size = np.abs(np.asarray(losses)).max(initial=1) * np.ones((1, samples))
+        compare(np.float32(got["losses"][None]), losses.numpy(), size)
+        flat = [x.reshape(samples, -1) for x in (got["gradient"], gradient.numpy())]
+        compare(*flat, np.abs(flat[1]).max(initial=1e-3) * np.ones((1, 1)))
+        if gaussian:
+            sums = np.float32(got["variance_sums"][None])
+            compare(sums, variance_sums.numpy()[None], np.full((1, 1), float(student.numel())))

@@ -7,6 +7,7 @@
 #include "../rows.h"
 #include "arrays.h"
 #include "distillation_loss.h"
+#include "feature_loss.h"
 #include "kl_div.h"
 #include "softmax.h"
 
@@ -18,6 +19,7 @@ PYBIND11_MODULE(row_kernels, m) {
   m.attr("levels") = levels;
   m.attr("block") = kd::kBlock;
   bind(m.def_submodule("distillation_loss"));
+  kd::features::bind(m.def_submodule("feature_loss"));
   kd::softmax::bind(m.def_submodule("softmax"));
   kd::kl_div::bind(m.def_submodule("kl_div"));
 }

@@ -1,7 +1,6 @@
 // The launchers of distillation_loss: choose a kernel and its launch, no more.
-#include "../launch.cuh"
 #include "cuda.h"
-#include "rows.cuh"
+#include "plan.h"
 
 namespace kd {
 
@@ -108,19 +107,7 @@ CudaStatus run(const char* name, Call call, CudaStream stream) {
   Device device;
   CudaStatus status = current_device(name, &device);
   if (status.code != 0) return status;
-  int64_t s = size_of(p.student.dtype), t = size_of(p.teacher.dtype);
-  auto raw = [=](int64_t slots) -> int64_t {
-    return area_bytes(static_cast<int>(slots), s) + area_bytes(static_cast<int>(slots), t);
-  };
-  // What is kept saves exponentials in a forward; a backward computes each once anyway.
-  auto kept = [=](int64_t slots) {
-    return raw(slots) + (call.backward ? 0 : 4 * plane_bytes(static_cast<int>(slots)));
-  };
-  bool third_sweep = !call.backward && p.student_grad.data && !p.teacher_grad.data &&
-                     p.divergence != Divergence::forward_kl;
-  call.plan = plan_rows(device, p.vocab, call.backward ? Meeting::none : Meeting::anywhere,
-                        third_sweep, raw, kept);
-  if (call.backward) call.plan.keeps = false;
+  call.plan = plan_call(call, device);
   bool meets = call.plan.split == Split::grid;
   if (meets || call.loss) {
     size_t used = meets ? Workspace::zeroed : sizeof(Workspace::ticket);

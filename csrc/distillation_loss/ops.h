@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../tensors.h"
@@ -97,6 +98,7 @@ struct Options {
   int64_t vocab_size;
   std::string reduction;
   bool return_stats;
+  OptionalTensor teacher_center;  // (columns): taken from the teacher's rows as they are read
 };
 
 // A forward's problem but for what a device computes it with: masks, and totals unless they are the
@@ -150,15 +152,20 @@ Forward<Real> forward_of(const Tensor& student, const Tensor& teacher, const Opt
 }
 
 template <class Real>
+void check_rows(const Tensor& rows, const Problem<Real>& problem) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) >= kLines && rows.size(1) == problem.n &&
+                      rows.scalar_type() == real_type<Real> && rows.is_contiguous(),
+                  "kdkernels: rows is not what the forward returned for these logits");
+}
+
+template <class Real>
 Problem<Real> backward_of(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                           const Tensor& rows, const OptionalTensor& labels,
                           const std::string& divergence, double label_smoothing, int64_t vocab_size,
                           const Tensor* student_grad, const Tensor* teacher_grad) {
   Problem<Real> problem =
       problem_of<Real>(student, teacher, labels, divergence, label_smoothing, vocab_size);
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) >= kLines && rows.size(1) == problem.n &&
-                      rows.scalar_type() == real_type<Real> && rows.is_contiguous(),
-                  "kdkernels: rows is not what the forward returned for these logits");
+  check_rows(rows, problem);
   problem.rows = static_cast<Real*>(rows.data_ptr());
   problem.upstream = reals<Real>(grad_loss, "grad_loss", problem.n);
   problem.upstream_stride = grad_loss.numel() == 1 ? 0 : 1;
@@ -187,32 +194,39 @@ Problem<Real> backward_of(const Tensor& grad_loss, const Tensor& student, const 
         vocab_size, reduction, return_stats                                                     \
   }
 
+inline Options with_center(Options options, OptionalTensor teacher_center) {
+  options.teacher_center = std::move(teacher_center);
+  return options;
+}
+
 // The ops. forward(student, teacher, Options, student_grad, teacher_grad) gives (loss, rows) and
 // fills the gradients that are not null; backward takes what backward_of takes and fills likewise.
 
 template <auto& forward>
-std::tuple<Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, KD_OPTIONS) {
-  return forward(student, teacher, KD_TAKE_OPTIONS, nullptr, nullptr);
+std::tuple<Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, KD_OPTIONS,
+                                             OptionalTensor teacher_center) {
+  return forward(student, teacher, with_center(KD_TAKE_OPTIONS, teacher_center), nullptr, nullptr);
 }
 
 inline Tensor empty_gradient(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 template <auto& forward>
-std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss_and_grad(Tensor student,
-                                                                      Tensor teacher, KD_OPTIONS,
-                                                                      bool teacher_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss_and_grad(
+    Tensor student, Tensor teacher, KD_OPTIONS, bool teacher_grad, OptionalTensor teacher_center) {
   Tensor gs = fresh_like(student),
          gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
-  auto [loss, rows] = forward(student, teacher, KD_TAKE_OPTIONS, &gs, teacher_grad ? &gt : nullptr);
+  auto [loss, rows] = forward(student, teacher, with_center(KD_TAKE_OPTIONS, teacher_center), &gs,
+                              teacher_grad ? &gt : nullptr);
   return {loss, rows, gs, gt};
 }
 
 template <auto& forward>
 std::tuple<Tensor, Tensor, Tensor> distillation_loss_and_grad_(Tensor student, Tensor teacher,
-                                                               KD_OPTIONS, bool teacher_grad) {
+                                                               KD_OPTIONS, bool teacher_grad,
+                                                               OptionalTensor teacher_center) {
   Tensor gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
-  auto [loss, rows] =
-      forward(student, teacher, KD_TAKE_OPTIONS, &student, teacher_grad ? &gt : nullptr);
+  auto [loss, rows] = forward(student, teacher, with_center(KD_TAKE_OPTIONS, teacher_center),
+                              &student, teacher_grad ? &gt : nullptr);
   return {loss, rows, gt};
 }
 
@@ -234,12 +248,13 @@ std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_loss, Tensor s
                                                       Tensor teacher, Tensor rows,
                                                       OptionalTensor labels, std::string divergence,
                                                       double label_smoothing, int64_t vocab_size,
-                                                      bool student_grad, bool teacher_grad) {
+                                                      bool student_grad, bool teacher_grad,
+                                                      OptionalTensor teacher_center) {
   Tensor gs = student_grad ? fresh_like(student) : empty_gradient(student);
   Tensor gt = teacher_grad ? fresh_like(teacher) : empty_gradient(teacher);
   Tensor upstream = grad_loss.is_contiguous() ? grad_loss : torch::stable::contiguous(grad_loss);
   backward(upstream, student, teacher, rows, labels, divergence, label_smoothing, vocab_size,
-           student_grad ? &gs : nullptr, teacher_grad ? &gt : nullptr);
+           teacher_center, student_grad ? &gs : nullptr, teacher_grad ? &gt : nullptr);
   return {gs, gt};
 }
 

@@ -2,10 +2,40 @@
 #include <type_traits>
 
 #include "../cpu_level.h"
+#include "../logit_rows/problem.h"
+#include "../scratch.h"
 #include "ops.h"
 
 namespace kd {
 namespace {
+
+// rows(problem, begin, end) on torch's threads. With a center each row of the teacher less the
+// center goes through a scratch that stays in the second-level cache: N×V centred logits never
+// exist.
+template <class Real>
+void over_rows_of(const Problem<Real>& problem, const OptionalTensor& center,
+                  void (*rows)(const Problem<Real>&, int64_t, int64_t)) {
+  if (!center) return over_rows(problem.n, problem.vocab, problem, rows);
+  int64_t columns = problem.teacher.columns;
+  STD_TORCH_CHECK(center->dim() == 1 && center->size(0) == columns &&
+                      center->scalar_type() == real_type<Real> && center->is_contiguous(),
+                  "kdkernels: teacher_center must be contiguous, of the dtype that the op computes "
+                  "in, one value for each of the teacher's columns");
+  const Real* of_column = static_cast<const Real*>(center->data_ptr());
+  auto subtract = logit_rows::kernels<Real>().subtract;
+  auto centred = [&](const Problem<Real>& whole, int64_t begin, int64_t end) {
+    thread_local Scratch<Real> scratch;
+    Real* row = scratch.get(columns);
+    Problem<Real> one = whole;
+    Dtype real = std::is_same_v<Real, float> ? Dtype::float32 : Dtype::float64;
+    one.teacher = {reinterpret_cast<char*>(row), real, 0, columns};  // every row is this one
+    for (int64_t i = begin; i < end; ++i) {
+      subtract(whole.teacher, i, of_column, row);
+      rows(one, i, i + 1);
+    }
+  };
+  over_rows(problem.n, problem.vocab, problem, centred);
+}
 
 template <class Real>
 std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teacher,
@@ -21,9 +51,9 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& student, const Tensor& teac
 
   prepare(problem);
   if constexpr (std::is_same_v<Real, float>) {
-    over_rows(problem.n, problem.vocab, problem, kernels().forward_float);
+    over_rows_of(problem, o.teacher_center, kernels().forward_float);
   } else {
-    over_rows(problem.n, problem.vocab, problem, kernels().forward_double);
+    over_rows_of(problem, o.teacher_center, kernels().forward_double);
   }
   if (!none) {
     double sum = 0;
@@ -42,21 +72,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher,
 }
 
 template <class Real>
-void run_backward(const Problem<Real>& problem) {
+void run_backward(const Problem<Real>& problem, const OptionalTensor& center) {
   if constexpr (std::is_same_v<Real, float>) {
-    over_rows(problem.n, problem.vocab, problem, kernels().backward_float);
+    over_rows_of(problem, center, kernels().backward_float);
   } else {
-    over_rows(problem.n, problem.vocab, problem, kernels().backward_double);
+    over_rows_of(problem, center, kernels().backward_double);
   }
 }
 
 void backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
               const Tensor& rows, const OptionalTensor& labels, const std::string& divergence,
-              double label_smoothing, int64_t vocab_size, const Tensor* student_grad,
-              const Tensor* teacher_grad) {
+              double label_smoothing, int64_t vocab_size, const OptionalTensor& center,
+              const Tensor* student_grad, const Tensor* teacher_grad) {
   auto run = [&](auto problem_of_call) {
     run_backward(problem_of_call(grad_loss, student, teacher, rows, labels, divergence,
-                                 label_smoothing, vocab_size, student_grad, teacher_grad));
+                                 label_smoothing, vocab_size, student_grad, teacher_grad),
+                 center);
   };
   is_double(student, teacher) ? run(backward_of<double>) : run(backward_of<float>);
 }

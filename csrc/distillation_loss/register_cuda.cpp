@@ -1,28 +1,21 @@
 // distillation_loss on CUDA behind PyTorch's stable ABI: checks, device memory, the current stream.
 // Nothing waits for the device.
-#include "../cuda_tensors.h"
 #include "cuda.h"
-#include "ops.h"
+#include "cuda_ops.h"
 
 namespace kd {
 namespace {
 
+void refuse_center(const OptionalTensor& center) {
+  STD_TORCH_CHECK(!center,
+                  "kdkernels: the CUDA library takes no teacher_center; accepted: the "
+                  "teacher's logits less the center");
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher, const Options& o,
                                    const Tensor* student_grad, const Tensor* teacher_grad) {
-  check_device(student, "student",
-               {{"teacher", teacher},
-                {"labels", o.labels},
-                {"token_weights", o.token_weights},
-                {"first", o.first_tensor},
-                {"second", o.second_tensor},
-                {"temperature", o.temperature_tensor},
-                {"teacher_temperature", o.teacher_temperature_tensor},
-                {"kd_weight", o.kd_weight_tensor},
-                {"ce_weight", o.ce_weight_tensor},
-                {"z_loss_weight", o.z_loss_weight_tensor},
-                {"normalizer", o.normalizer_tensor}});
-  refuse_float64(student, "student");
-  refuse_float64(teacher, "teacher");
+  refuse_center(o.teacher_center);
+  check_forward(student, teacher, o);
   DeviceGuard device(student.get_device());
   auto [problem, loss, rows] = forward_of<float>(student, teacher, o, student_grad, teacher_grad);
   // Both return to the allocator at the end of this function, which hands them out again in the
@@ -41,8 +34,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher,
 
 void backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
               const Tensor& rows, const OptionalTensor& labels, const std::string& divergence,
-              double label_smoothing, int64_t vocab_size, const Tensor* student_grad,
-              const Tensor* teacher_grad) {
+              double label_smoothing, int64_t vocab_size, const OptionalTensor& center,
+              const Tensor* student_grad, const Tensor* teacher_grad) {
+  refuse_center(center);
   check_device(
       student, "student",
       {{"grad_loss", grad_loss}, {"teacher", teacher}, {"rows", rows}, {"labels", labels}});

@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "../first_touch.h"
 #include "../rows.h"
 #include "../scratch.h"
 #include "problem.h"
@@ -36,10 +37,12 @@ KD_TARGET const Real* line_of(const Feature& feature, int64_t offset, int64_t st
       gather(reinterpret_cast<const float*>(data), stride, n, buffer, [](float x) { return x; });
       break;
     case Dtype::bfloat16:
-      gather(reinterpret_cast<const uint16_t*>(data), stride, n, buffer, from_bfloat16);
+      gather(reinterpret_cast<const uint16_t*>(data), stride, n, buffer,
+             [](uint16_t x) { return from_bfloat16(x); });
       break;
     case Dtype::float16:
-      gather(reinterpret_cast<const uint16_t*>(data), stride, n, buffer, from_float16);
+      gather(reinterpret_cast<const uint16_t*>(data), stride, n, buffer,
+             [](uint16_t x) { return from_float16(x); });
       break;
   }
   return buffer;
@@ -663,8 +666,15 @@ class PieceKernel {
 
 template <class Real>
 void run(const Problem<Real>& problem, int64_t layer, int64_t begin, int64_t end) {
-  PieceKernel<Real> kernel(problem, problem.layers[layer]);
-  for (int64_t piece = begin; piece < end; ++piece) kernel.run(piece);
+  const Layer<Real>& l = problem.layers[layer];
+  PieceKernel<Real> kernel(problem, l);
+  int64_t of_sample = l.pieces / l.samples;
+  Matrix gradient{l.gradient.data, l.gradient.dtype, l.gradient.strides.sample, 0};
+  FirstTouch fresh(gradient, l.samples, begin / of_sample, (end - 1) / of_sample + 1);
+  for (int64_t piece = begin; piece < end; ++piece) {
+    fresh.before(gradient.row(piece / of_sample + 1));
+    kernel.run(piece);
+  }
 }
 
 }  // namespace

@@ -38,10 +38,10 @@ def choose(
     backend: str | None,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
-    on_devices: bool = True,
+    on_devices: tuple[str, ...] = ("cpp", "triton"),
 ) -> tuple[str, str]:
     """(backend, why) for tensors of these dtypes on a device; raises where a backend asked for by
-    name cannot serve them. ``on_devices``: whether the op has CUDA and Triton kernels.
+    name cannot serve them. ``on_devices``: in which the op has kernels for CUDA tensors.
     """
     if backend is not None and backend not in NAMES:
         raise ValueError(f"backend={backend!r} is unknown; accepted: None, {', '.join(NAMES)}")
@@ -54,7 +54,7 @@ def choose(
         return backend, "asked for by name"
     # On CPU tensors Triton's kernels run in an emulator: for tests, when asked for.
     refusals: list[str] = []
-    for name in ("cpp", "triton") if device.type == "cuda" and on_devices else ("cpp",):
+    for name in (on_devices or ("cpp",)) if device.type == "cuda" else ("cpp",):
         refusal = _refusal(name, device, dtypes, on_devices)
         if refusal is None:
             library = " and the C++ library is there" if name == "cpp" else ""
@@ -76,7 +76,7 @@ _warned: set[str] = set()
 
 
 def _refusal(
-    backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], on_devices: bool
+    backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], on_devices: tuple[str, ...]
 ) -> str | None:
     """Why a backend cannot serve tensors on this type of device, or None."""
     if device.type not in ("cpu", "cuda"):
@@ -84,8 +84,9 @@ def _refusal(
     if backend == "cpp" and device.type == "cpu":
         error = _ext.cpp_error()
         return None if error is None else f"the C++ library does not load: {error}"
-    if not on_devices:
-        return "this op has no CUDA or Triton kernels yet"
+    if backend not in on_devices:
+        missing = {"cpp": "CUDA", "triton": "Triton"}[backend] if on_devices else "CUDA or Triton"
+        return f"this op has no {missing} kernels yet"
     error = _cuda_error(device.index) if backend == "cpp" else _triton_error(device.type)
     if error is not None:
         return error
@@ -127,20 +128,26 @@ def _triton_error(device: str) -> str | None:
 
 def define(schemas: dict[str, str], reference: ModuleType, kernels: str | None = None) -> None:
     """Define an op's schemas, with its reference as the kernel of every device that has no other,
-    and as the fake kernel. ``kernels``: the module of its Triton kernels, imported on first use.
+    and as the fake kernel unless it has ``<op>_fake`` (a loop over rows cannot run on a symbolic
+    number of them). ``kernels``: the module of its Triton kernels, imported on first use.
     """
     for name, schema in schemas.items():
         torch.library.define(f"kdkernels::{name}", schema)
         torch.library.impl(
             f"kdkernels::{name}", "CompositeExplicitAutograd", getattr(reference, name)
         )
+        fake = getattr(reference, f"{name}_fake", None)
+        if fake is not None:
+            torch.library.register_fake(f"kdkernels::{name}", fake)
         if kernels is None:
             continue
         torch.library.define(f"kdkernels::{name}_triton", schema)
         torch.library.impl(
             f"kdkernels::{name}_triton", ("CPU", "CUDA"), functools.partial(_launch, kernels, name)
         )
-        torch.library.register_fake(f"kdkernels::{name}_triton", getattr(reference, name))
+        torch.library.register_fake(
+            f"kdkernels::{name}_triton", fake if fake is not None else getattr(reference, name)
+        )
 
 
 def _launch(kernels: str, name: str, *args: Any) -> Any:

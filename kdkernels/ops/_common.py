@@ -1,7 +1,8 @@
 """What several ops share: checks of their arguments, and the guard of their backwards."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -88,3 +89,69 @@ class _NoDoubleBackward(torch.autograd.Function):
         raise NotImplementedError(
             "double backward through a kdkernels op is not implemented; accepted: first derivatives"
         )
+
+
+def check_pair(student: Any, teacher: Any, dims: tuple[int, ...], shape: str) -> None:
+    """Features whose rows correspond: (..., N, D) of the same number of rows; widths may differ."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        check_floats(name, x)
+        if x.dim() not in dims or x.shape[-1] == 0:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: {shape}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher has shape {tuple(teacher.shape)}; accepted: "
+            f"({', '.join(map(str, student.shape[:-1]))}, any width) for student "
+            f"{tuple(student.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher is on {teacher.device}; accepted: student's device {student.device}"
+        )
+
+
+def computed(*tensors: Tensor) -> list[Tensor]:
+    """Detached, in the dtype that is computed in: float32, or float64 where one of them is."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.detach().to(dtype) for x in tensors]
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Products of what is in float32 stay in float32."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class GradientInForward(torch.autograd.Function):
+    """A 0-d loss of the student whose gradient is made together with the loss, in the dtype
+    computed in, and multiplied by the upstream factor before its one rounding.
+
+    For losses over pairs and triplets: computing them again in the backward costs as much as the
+    loss, keeping the gradient (N, D) a fraction of what they need anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, loss_and_grad: Callable, *options):
+        with _no_autocast(student.device):
+            loss, grad = loss_and_grad(*computed(student, teacher), *options, True)
+        ctx.save_for_backward(grad)
+        ctx.dtype, ctx.options = student.dtype, len(options)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (grad,) = ctx.saved_tensors
+        with torch.no_grad():
+            student_grad = (grad * upstream).to(ctx.dtype)
+        grads = no_double_backward(ctx, [student_grad], upstream, grad)
+        return *grads, None, None, *[None] * ctx.options
+
+
+def loss_of_pairs(student: Tensor, teacher: Tensor, loss_and_grad: Callable, *options) -> Tensor:
+    """loss_and_grad(student, teacher, *options, with_grad) -> (loss, gradient) under autograd."""
+    if torch.is_grad_enabled() and student.requires_grad:
+        return GradientInForward.apply(student, teacher.detach(), loss_and_grad, *options)
+    with _no_autocast(student.device):
+        return loss_and_grad(*computed(student, teacher), *options, False)[0]

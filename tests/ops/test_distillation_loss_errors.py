@@ -85,8 +85,6 @@ REFUSED = [
     (ValueError, dict(normalizer=3.0, reduction="sum"), "normalizer | reduction='sum' | batchmean"),
     (ValueError, dict(normalizer=3.0, reduction="none"), "normalizer | reduction='none'"),
     # tensors that require grad would get none
-    (ValueError, dict(temperature=needs_grad()), "temperature | requires grad"),
-    (ValueError, dict(teacher_temperature=needs_grad(4)), "teacher_temperature | requires grad"),
     (ValueError, dict(kd_weight=needs_grad(4)), "kd_weight | requires grad"),
     (ValueError, dict(token_weights=needs_grad(4)), "token_weights | requires grad"),
     (ValueError, dict(normalizer=needs_grad()), "normalizer | requires grad"),

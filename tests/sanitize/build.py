@@ -29,8 +29,8 @@ def build(*variants: str, flags: list[str]) -> dict[str, Path]:
 
     ninja compiles the files of every variant side by side, and only those that changed.
     """
-    sources = ["csrc/cpu_level.cpp", "csrc/distillation_loss/prepare.cpp"]
-    for pattern in ("csrc/*/cpu_*.cpp", "csrc/bindings/*.cpp"):
+    sources = ["csrc/cpu_level.cpp"]
+    for pattern in ("csrc/*/prepare.cpp", "csrc/*/cpu_*.cpp", "csrc/bindings/*.cpp"):
         sources += sorted(glob.glob(pattern, root_dir=ROOT))
     includes = [f"-I{x}" for x in (sysconfig.get_paths()["include"], pybind11.get_include())]
     rules = f"""

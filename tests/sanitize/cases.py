@@ -1,8 +1,8 @@
 """Calls of the row kernels where an index goes wrong first, on NumPy arrays and without torch.
 
 `python tests/sanitize/cases.py MODULE` runs them all, with a second argument a planted bug instead;
-run.py does so under each sanitizer. test_row_kernels.py compares what `distillation`, `softmax` and
-`kl_div` return with the oracle.
+run.py does so under each sanitizer. test_row_kernels.py compares what `distillation`, `softmax`,
+`kl_div` and `feature_loss` return with the oracle.
 """
 
 import importlib.util
@@ -373,6 +373,86 @@ def kl_div(module, level, threads, case):
     return result | dict(input_grad=input_grad, target_grad=target_grad)
 
 
+# feature_loss -------------------------------------------------------------------------------------
+
+
+class FeatureCase(NamedTuple):
+    metric: str
+    normalize: bool
+    shape: tuple[int, int, int, int]  # samples, outer, inner, channels
+    orders: tuple[str, str] = ("channels", "channels")  # of memory, innermost: student, teacher
+    dtypes: tuple[str, str] = ("float32", "float32")
+    masked: bool = False
+
+
+FEATURE_METRICS = (
+    ("l2", False),
+    ("l2", True),
+    ("smooth_l1", False),
+    ("smooth_l1", True),
+    ("cosine", False),
+    ("attention", False),
+    ("gaussian_nll", False),
+)
+
+
+def feature_cases(block):
+    """Each metric along channels and along positions, in every dtype, where a line is a vector and
+    one more, where a position is two blocks, where a line is several pieces; and no positions.
+    """
+    shapes = ((2, 1, 17, 3), (2, 2, 3, 33), (1, 1, 2, block + 1), (2, 1, 8300, 2), (1, 1, 700, 20))
+    for metric, normalize in FEATURE_METRICS:
+        for shape, masked in itertools.product(shapes, (False, True)):
+            for order in ("channels", "positions"):
+                yield FeatureCase(metric, normalize, shape, (order, order), masked=masked)
+        for student, teacher in itertools.product(DTYPES, DTYPES):
+            for orders in (("channels", "positions"), ("positions", "channels")):
+                dtypes = student, teacher
+                yield FeatureCase(metric, normalize, (2, 2, 17, 5), orders, dtypes, True)
+        yield FeatureCase(metric, normalize, (2, 1, 0, 3))
+
+
+def feature_in_memory(values, dtype, order):
+    """Between its elements, in the innermost dimension, nothing; its end is its allocation's."""
+    if order == "channels":
+        return stored(values, dtype)
+    return stored(np.moveaxis(values, 3, 1).copy(), dtype).transpose(0, 2, 3, 1)
+
+
+def feature_loss(module, level, threads, case):
+    generator = np.random.default_rng(0)
+    real = np.float64 if "float64" in case.dtypes else np.float32
+    student, teacher = (generator.normal(size=case.shape) for _ in range(2))
+    mask = None
+    if case.masked:
+        mask = generator.choice([0.0, 1.0, 0.5], size=case.shape[:3]).astype(real)
+        student[mask == 0] = teacher[mask == 0] = np.nan  # what lies there must not matter
+    log_variance = generator.normal(size=case.shape[3]).astype(real)
+    gaussian = case.metric == "gaussian_nll"
+    s = feature_in_memory(student, case.dtypes[0], case.orders[0])
+    t = feature_in_memory(teacher, case.dtypes[1], case.orders[1])
+    gradient = feature_in_memory(np.full(case.shape, np.nan), case.dtypes[0], case.orders[0])
+    losses, variance_sums = np.zeros(case.shape[0]), np.zeros(case.shape[3])
+    module.feature_loss.run(
+        level,
+        threads,
+        case.metric,
+        case.normalize,
+        0.75,
+        s,
+        t,
+        gradient,
+        mask,
+        log_variance if gaussian else None,
+        np.exp(-log_variance) if gaussian else None,
+        losses,
+        variance_sums,
+    )
+    result = dict(student=s, teacher=t, gradient=gradient, losses=losses)
+    result |= dict(variance_sums=variance_sums, log_variance=log_variance)
+    return result | dict(mask=np.ones(case.shape[:3]) if mask is None else mask)
+
+
 # All of them --------------------------------------------------------------------------------------
 
 
@@ -406,6 +486,7 @@ def main(path):
             (distillation, distillation_cases(module.block, sizes)),
             (softmax, softmax_cases(module.block, sizes)),
             (kl_div, kl_div_cases(module.block, module.kl_div.task)),
+            (feature_loss, feature_cases(module.block)),
         ):
             for case in cases:
                 same_on_threads(run, module, level, case, threads=3)

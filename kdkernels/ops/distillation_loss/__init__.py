@@ -16,14 +16,14 @@ same in plain torch, ``triton_kernels.py`` in Triton, csrc/distillation_loss in 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ...divergences import Divergence, Parameter, resolve
+from ...divergences import DIVERGENCES, MADE_OF_OTHERS, Divergence, Parameter, resolve
 from .. import _backend
 from .._common import (
     check_floats,
@@ -32,35 +32,13 @@ from .._common import (
     option_pair,
     two_dimensional,
 )
-from . import reference
+from . import ops, reference
+from .center import TeacherCenter as TeacherCenter
+from .ops import OPTION_NAMES as OPTION_NAMES
+from .ops import OPTIONS as OPTIONS
+from .ops import call_rows as call_rows
 
-# What the ops take after the logits, and linear_distillation_loss's after its heads.
-OPTIONS = (
-    "Tensor? labels, Tensor? token_weights, str divergence, "
-    "float first, Tensor? first_tensor, float second, Tensor? second_tensor, "
-    "float temperature, Tensor? temperature_tensor, "
-    "float teacher_temperature, Tensor? teacher_temperature_tensor, "
-    "float kd_weight, Tensor? kd_weight_tensor, float ce_weight, Tensor? ce_weight_tensor, "
-    "float z_loss_weight, Tensor? z_loss_weight_tensor, "
-    "float? normalizer, Tensor? normalizer_tensor, bool t_squared, float label_smoothing, "
-    "int ignore_index, bool mask_kd, int vocab_size, str reduction, bool return_stats"
-)
-SCHEMAS = {
-    "distillation_loss": f"(Tensor student, Tensor teacher, {OPTIONS}) -> (Tensor, Tensor)",
-    "distillation_loss_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, "
-    "Tensor rows, Tensor? labels, str divergence, float label_smoothing, int vocab_size, "
-    "bool student_grad, bool teacher_grad) -> (Tensor, Tensor)",
-    "distillation_loss_and_grad": f"(Tensor student, Tensor teacher, {OPTIONS}, "
-    "bool teacher_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    "distillation_loss_and_grad_": f"(Tensor(a!) student, Tensor teacher, {OPTIONS}, "
-    "bool teacher_grad) -> (Tensor, Tensor, Tensor)",
-    "scale_rows_": "(Tensor(a!) grad, Tensor factor) -> ()",
-}
-_backend.define(SCHEMAS, reference, f"{__name__}.triton_kernels")
-
-OPTION_NAMES = [argument.split()[-1] for argument in OPTIONS.split(", ")]
-_PLACE = {name: place for place, name in enumerate(OPTION_NAMES)}
-
+_PLACE = ops.PLACE
 REDUCTIONS = ("batchmean", "sum", "none", "mean")
 
 
@@ -87,6 +65,8 @@ def distillation_loss(
     temperature: Parameter = 1.0,
     teacher_temperature: Parameter | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
+    teacher_center: Tensor | None = None,
     kd_weight: Parameter = 1.0,
     ce_weight: Parameter = 0.0,
     z_loss_weight: Parameter = 0.0,
@@ -114,11 +94,19 @@ def distillation_loss(
         labels: (...) integer column numbers, or ``ignore_index``; not shifted. Needed for
             ``ce_weight`` and DKD.
         divergence: a name in ``kdkernels.divergences.DIVERGENCES`` or an object made by one of
-            those functions.
+            those functions; "adaptive_kl" (AKL); or "cross_entropy" (DINO: forward KL plus the
+            teacher's entropy; none of its gradients but the student's and its temperature's).
         temperature: τs > 0 divides the student's logits. A float, a 0-d tensor, or one value a
-            token (leading shape).
-        teacher_temperature: τt > 0 for the teacher's; default τs.
+            token (leading shape). A tensor that requires grad gets it, T² included (CTKD, Li et
+            al. 2022, arXiv 2211.16231, which reverses its sign). Masked tokens add nothing.
+        teacher_temperature: τt > 0 for the teacher's; default τs. As for the gradient.
         t_squared: multiply the KD term, value and gradient, by τs² (Hinton et al. 2015, section 2).
+        standardize: divide (s − mean)/(std + 1e-7) of each row instead of its logits by its
+            temperature, and the teacher's likewise (LSKD, Sun et al. 2024, arXiv 2403.01427, and
+            its code: the unbiased deviation, 0 where V = 1). The gradient goes through mean and
+            deviation; CE and z-loss see the logits. A row with −inf is NaN.
+        teacher_center: (V,), subtracted from each row of the teacher's logits first
+            (``TeacherCenter``). Its columns are the teacher's.
         kd_weight, ce_weight, z_loss_weight: weights of the three terms: float, 0-d tensor or one
             value a token.
         label_smoothing: ε in [0, 1], as in ``torch.nn.functional.cross_entropy``.
@@ -135,7 +123,8 @@ def distillation_loss(
             number > 0 or a 0-d tensor, where 0 counts as 1.
         teacher_grad: also give the teacher its gradient (mutual and online distillation); else it
             is detached.
-        inplace: write the gradient over ``student_logits``, which must not be read afterwards
+        inplace: not with ``standardize``; with a temperature that requires grad the rows are read
+            twice. Write the gradient over ``student_logits``, which must not be read afterwards
             (PyTorch's version counter catches whoever saved them). Not for leaf tensors, rows that
             overlap, or a teacher in the same memory; one backward only. Untouched where no gradient
             is needed. The gradient is rounded to the logits' dtype before the upstream factor
@@ -159,6 +148,13 @@ def distillation_loss(
         RuntimeError: a backend that cannot serve the call; a second backward after ``inplace``.
         NotImplementedError: double backward.
 
+    Options cost more looks at the rows, where they are used only. A temperature's gradient: one at
+    both, in the backward. ``standardize``: one or two at both in the forward; in the backward one
+    at both, and one at the student's logits and gradient. "adaptive_kl": a selection by bisection,
+    up to 36 looks at a row in cache (about the time of the loss itself; a sort takes many times as
+    long). "cross_entropy": that of ``return_stats``. ``teacher_center``: on the CPU with the C++
+    library a row at a time; elsewhere the centred logits are made, N·V numbers in float32.
+
     A divergence may be +inf where the mathematics is: forward KL where only the student is −inf
     (its gradient stays finite), reverse KL and Jeffreys where only the teacher is (gradient NaN in
     that row alone). JSD, skew, TVD and alpha in (0, 1) never. Temperatures, parameters and weights
@@ -174,6 +170,8 @@ def distillation_loss(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         t_squared=t_squared,
+        standardize=standardize,
+        teacher_center=teacher_center,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
         z_loss_weight=z_loss_weight,
@@ -189,15 +187,13 @@ def distillation_loss(
         return_stats=return_stats,
         backend=backend,
     )
-    with_grad = torch.is_grad_enabled()
-    if with_grad and inplace and call.student.requires_grad:
-        loss, rows = _InPlace.apply(call.student, call.teacher, call.backend, call.options)
-    elif with_grad and (call.student.requires_grad or call.teacher.requires_grad):
-        loss, rows = _Default.apply(call.student, call.teacher, call.backend, call.options)
+    inputs = (call.student, call.teacher, *call.temperatures)
+    if torch.is_grad_enabled() and inplace and call.student.requires_grad:
+        loss, rows = _InPlace.apply(*inputs, call.backend, call.options, call.extras)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        loss, rows = _Default.apply(*inputs, call.backend, call.options, call.extras)
     else:
-        loss, rows = _run(
-            call.backend, "distillation_loss", call.student, call.teacher, *call.options
-        )
+        loss, rows = ops.forward(ops.prepare(call.backend, *inputs[:2], call.options, call.extras))
     loss = loss.reshape(call.leading) if reduction == "none" else loss
     return (loss, _stats(rows, call.leading)) if return_stats else loss
 
@@ -222,28 +218,22 @@ def distillation_loss_and_grad(
     """
     check_names("distillation_loss_and_grad", options, _KEYWORDS)
     call = _prepare(student_logits, teacher_logits, labels, **options)
-    with torch.no_grad():
-        if options.get("inplace", False):
-            loss, rows, teacher_grad = _run(
-                call.backend,
-                "distillation_loss_and_grad_",
-                call.student,
-                call.teacher,
-                *call.options,
-                call.teacher_grad,
+    for name, tau in zip(_TEMPERATURES, call.temperatures, strict=True):
+        if tau is not None:
+            raise ValueError(
+                f"{name} requires grad in distillation_loss_and_grad, which gives none for it; "
+                "accepted: distillation_loss, or a tensor without gradient"
             )
+    inplace = options.get("inplace", False)
+    with torch.no_grad():
+        prepared = ops.prepare(call.backend, call.student, call.teacher, call.options, call.extras)
+        loss, rows, student_grad, teacher_grad = ops.loss_and_grad(
+            prepared, call.teacher_grad, inplace
+        )
+        if inplace:
             torch.autograd.graph.increment_version(student_logits)
             student_grad = student_logits.detach()
-        else:
-            loss, rows, student_grad, teacher_grad = _run(
-                call.backend,
-                "distillation_loss_and_grad",
-                call.student,
-                call.teacher,
-                *call.options,
-                call.teacher_grad,
-            )
-        results = [
+        results: list[Any] = [
             loss.reshape(call.leading) if options.get("reduction") == "none" else loss,
             student_grad.reshape(student_logits.shape),
         ]
@@ -312,7 +302,10 @@ class _Call(NamedTuple):
     student: Tensor  # (N, columns), a view of the caller's where inplace
     teacher: Tensor  # (N, columns), detached unless teacher_grad
     backend: str
-    options: tuple  # the rest of the ops' forward arguments, in the order of the schema
+    # those that require grad, (1,) or (N,)
+    temperatures: tuple[Tensor | None, Tensor | None]
+    options: tuple  # ops.OPTIONS
+    extras: ops.Extras
     leading: torch.Size
     teacher_grad: bool
 
@@ -324,10 +317,15 @@ def _prepare(
     *,
     teacher_grad: bool = False,
     inplace: bool = False,
+    standardize: bool = False,
+    teacher_center: Tensor | None = None,
     backend: str | None = None,
+    fused_only: bool = False,
     **options: Any,
 ) -> _Call:
-    """Checks every argument and turns it into what the ops take."""
+    """Checks every argument and turns it into what the ops take. ``fused_only``: refuse what is
+    made of several ops, a temperature's gradient included.
+    """
     _check_logits(student_logits, teacher_logits, options.get("vocab_size"))
     chosen, why = _backend.choose(
         backend, student_logits.device, (student_logits.dtype, teacher_logits.dtype)
@@ -336,7 +334,23 @@ def _prepare(
     leading, columns = student_logits.shape[:-1], student_logits.shape[-1]
     check_flags(teacher_grad=teacher_grad, inplace=inplace)
     compute = reference.compute_dtype(student_logits, teacher_logits)
-    row = row_options(labels, leading, columns, student_logits.device, compute, **options)
+    temperatures = (None, None) if fused_only else _take_temperatures(options, compute)
+    row = row_options(
+        labels, leading, columns, student_logits.device, compute, **options, fused_only=fused_only
+    )
+    divergence = row[_PLACE["divergence"]]
+    extras = _extras(standardize, teacher_center, divergence, teacher_logits, compute)
+    if inplace and standardize:
+        raise ValueError(
+            "inplace=True with standardize=True, whose gradient needs the logits once more; "
+            "accepted: inplace=False"
+        )
+    if divergence == "cross_entropy" and (teacher_grad or temperatures[1] is not None):
+        needs = "teacher_grad=True" if teacher_grad else "a teacher_temperature that requires grad"
+        raise ValueError(
+            f"{needs} with divergence='cross_entropy', which gives the teacher's side no "
+            "gradient; accepted: divergence='forward_kl'"
+        )
     if not teacher_grad:
         teacher_logits = teacher_logits.detach()
     student = two_dimensional(student_logits, columns)
@@ -345,7 +359,29 @@ def _prepare(
         _check_inplace(student_logits, student, teacher)
     if chosen == "reference":
         check_labels(*(row[_PLACE[name]] for name in ("labels", "ignore_index", "vocab_size")))
-    return _Call(student, teacher, chosen, row, leading, teacher_grad)
+    return _Call(student, teacher, chosen, temperatures, row, extras, leading, teacher_grad)
+
+
+_TEMPERATURES = ("temperature", "teacher_temperature")
+
+
+def _take_temperatures(
+    options: dict[str, Any], compute: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The temperatures that require grad, which the options then hold without."""
+    options.setdefault("teacher_temperature", None)
+    if options["teacher_temperature"] is None:
+        options["teacher_temperature"] = options.get("temperature", 1.0)
+    taken: list[Tensor | None] = []
+    for name in _TEMPERATURES:
+        tau = options.get(name, 1.0)
+        if isinstance(tau, Tensor) and tau.requires_grad:
+            options[name] = tau.detach()
+            # A complex one is refused with its name later.
+            taken.append(tau.reshape(-1).to(compute) if tau.is_floating_point() else None)
+        else:
+            taken.append(None)
+    return taken[0], taken[1]
 
 
 def row_options(
@@ -370,9 +406,10 @@ def row_options(
     reduction: str = "batchmean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
+    fused_only: bool = True,
 ) -> tuple:
     """Checks every option that is about rows, for logits of shape (*leading, columns), and turns
-    them into OPTIONS, in that order.
+    them into OPTIONS, in that order. ``fused_only``: refuse what is made of several ops.
     """
     if vocab_size is None:
         vocab_size = columns
@@ -392,6 +429,11 @@ def row_options(
             f"normalizer with reduction={reduction!r}; accepted: reduction='batchmean' or 'mean'"
         )
     member = resolve(divergence)
+    if fused_only and member.name in MADE_OF_OTHERS:
+        raise ValueError(
+            f"divergence={member.name!r}; accepted here: {', '.join(DIVERGENCES)}. Others are "
+            "distillation_loss's alone"
+        )
     if labels is None:
         if not isinstance(ce_weight, Tensor) and ce_weight == 0 and member.name != "dkd":
             pass_labels = None
@@ -443,6 +485,30 @@ def row_options(
         reduction,
         return_stats,
     )
+
+
+def _extras(
+    standardize: bool, center: Tensor | None, divergence: str, teacher: Tensor, compute: torch.dtype
+) -> ops.Extras:
+    check_flags(standardize=standardize)
+    if center is None:
+        return ops.Extras(standardize)
+    if standardize or divergence == "adaptive_kl":
+        given = "standardize=True" if standardize else "divergence='adaptive_kl'"
+        raise ValueError(f"teacher_center with {given}; accepted: one of the two")
+    check_floats("teacher_center", center)
+    if center.shape != teacher.shape[-1:]:
+        raise ValueError(
+            f"teacher_center has shape {tuple(center.shape)}; accepted: "
+            f"{tuple(teacher.shape[-1:])}, a number for each of the teacher's columns"
+        )
+    if center.device != teacher.device:
+        raise ValueError(
+            f"teacher_center is on {center.device}; accepted: the logits' device {teacher.device}"
+        )
+    if center.requires_grad:
+        raise ValueError("teacher_center requires grad; accepted: a tensor without gradient")
+    return ops.Extras(False, center.to(compute).contiguous())
 
 
 def check_flags(**flags: Any) -> None:
@@ -564,20 +630,6 @@ def label_error(row: int, label: int, ignore_index: int, vocab_size: int) -> str
     )
 
 
-def _run(backend: str, op: str, *args: Any) -> Any:
-    return call_rows(_backend.implementation(backend, op, reference), *args)
-
-
-def call_rows(op: Callable, *args: Any) -> Any:
-    """An op that checks labels, with the exception that a label out of range deserves."""
-    try:
-        return op(*args)
-    except RuntimeError as error:
-        if "labels[" in str(error):  # the stable C++ interface knows no other exception
-            raise IndexError(str(error)) from None
-        raise
-
-
 def _stats(rows: Tensor, leading: torch.Size) -> DistillationStats:
     lines = rows.detach()[len(reference.ROWS) :]
     return DistillationStats(*(line.reshape(leading) for line in lines))
@@ -587,13 +639,11 @@ class _Default(torch.autograd.Function):
     """Keeps the logits and their row statistics; the backward reads the logits once more."""
 
     @staticmethod
-    def forward(ctx, student, teacher, backend, options):
-        loss, rows = _run(backend, "distillation_loss", student, teacher, *options)
-        ctx.save_for_backward(student, teacher, rows, options[_PLACE["labels"]])
-        ctx.backend = backend
-        ctx.arguments = [
-            options[_PLACE[name]] for name in ("divergence", "label_smoothing", "vocab_size")
-        ]
+    def forward(ctx, student, teacher, temperature, teacher_temperature, backend, options, extras):
+        call = ops.prepare(backend, student, teacher, options, extras)
+        loss, rows = ops.forward(call)
+        ctx.save_for_backward(temperature, teacher_temperature, rows, *call.kept.tensors)
+        ctx.rest = call.kept.rest
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
         return loss, rows
@@ -601,40 +651,37 @@ class _Default(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return None, None, None, None
-        student, teacher, rows, labels = ctx.saved_tensors
+            return (None,) * 7
+        *temperatures, rows = ctx.saved_tensors[:3]
+        tensors = ctx.saved_tensors[3:]
+        kept = ops.Kept(*tensors, *ctx.rest)
+        upstream = grad_loss.to(rows.dtype)
+        by_temperature: tuple[Tensor | None, ...] = (None, None)
         with torch.no_grad():
-            grads = _run(
-                ctx.backend,
-                "distillation_loss_backward",
-                grad_loss.to(rows.dtype),
-                student,
-                teacher,
-                rows,
-                labels,
-                *ctx.arguments,
-                *ctx.needs_input_grad[:2],
-            )
-        return _hand_over(ctx, grads, grad_loss, student, teacher)
+            grads = ops.backward(kept, upstream, rows, *ctx.needs_input_grad[:2])
+            if kept.student_moments is not None or any(ctx.needs_input_grad[2:4]):
+                terms = ops.temperature_terms(kept, rows)
+                ops.add_deviations_(kept, terms, upstream, *grads)
+                by_temperature = _by_temperature(terms, upstream, temperatures)
+        return _hand_over(ctx, (*grads, *by_temperature), grad_loss, *tensors[:2], *temperatures)
 
 
 class _InPlace(torch.autograd.Function):
     """Writes the gradient over the student's logits in the forward; the backward hands it on."""
 
     @staticmethod
-    def forward(ctx, student, teacher, backend, options):
-        loss, rows, teacher_grad = _run(
-            backend,
-            "distillation_loss_and_grad_",
-            student,
-            teacher,
-            *options,
-            ctx.needs_input_grad[1],
-        )
+    def forward(ctx, student, teacher, temperature, teacher_temperature, backend, options, extras):
+        call = ops.prepare(backend, student, teacher, options, extras)
+        terms = None
+        if any(ctx.needs_input_grad[2:4]):  # while the logits are there
+            terms = ops.temperature_terms(call.kept, ops.forward(call)[1])
+        loss, rows, _, teacher_grad = ops.loss_and_grad(call, ctx.needs_input_grad[1], True)
         # Whoever else saved these logits must get PyTorch's own error. Not mark_dirty: it loses the
         # gradient where the logits are a compiled graph's input.
         torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student, teacher_grad, teacher)
+        temperatures = (temperature, teacher_temperature)
+        of_rows = terms[:2] if terms else ()
+        ctx.save_for_backward(student, teacher_grad, teacher, *temperatures, *of_rows)
         ctx.backend, ctx.spent = backend, False
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
@@ -643,25 +690,48 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return None, None, None, None
+            return (None,) * 7
         if ctx.spent:
             raise RuntimeError(
                 "second backward through distillation_loss(inplace=True): its gradient was handed "
                 "on by the first; accepted: inplace=False where a graph is walked twice"
             )
         ctx.spent = True
-        student, teacher_grad, teacher = ctx.saved_tensors
+        student, teacher_grad, teacher, *temperatures = ctx.saved_tensors[:5]
+        terms = ctx.saved_tensors[5:]
         student_grad = student.detach()
         with torch.no_grad():
             for grad, needed in zip(
                 (student_grad, teacher_grad), ctx.needs_input_grad, strict=False
             ):
                 if needed:
-                    _run(ctx.backend, "scale_rows_", grad, grad_loss)
-        return _hand_over(ctx, (student_grad, teacher_grad), grad_loss, student, teacher)
+                    ops.run(ctx.backend, "scale_rows_", grad, grad_loss)
+            by_temperature = _by_temperature(terms, grad_loss, temperatures)
+        grads = (student_grad, teacher_grad, *by_temperature)
+        return _hand_over(ctx, grads, grad_loss, student, teacher, *temperatures)
+
+
+def _by_temperature(
+    terms: Sequence[Tensor | None], upstream: Tensor, temperatures: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the temperatures, (1,) or (N,), from each row's derivatives."""
+    grads: list[Tensor | None] = []
+    for place, tau in enumerate(temperatures):
+        if tau is None:
+            grads.append(None)
+            continue
+        term = terms[place]
+        assert term is not None
+        by_row = torch.where(term == 0, 0.0, term * upstream)
+        summed = tau.shape[0] == 1 and term.shape[0] != 1
+        grads.append(
+            by_row.sum(dtype=torch.float64).to(term.dtype).reshape(1) if summed else by_row
+        )
+    return tuple(grads)
 
 
 def _hand_over(ctx, grads, *differentiable):
     """The gradients of a backward, guarded where somebody wants to differentiate them again."""
-    wanted = no_double_backward(ctx, grads, *differentiable)
-    return *wanted, None, None
+    given = [x for x in differentiable if x is not None]
+    wanted = no_double_backward(ctx, grads, *given)
+    return *wanted, None, None, None

@@ -8,6 +8,7 @@ float32 (float64 where a row is float64). A row whose three scales are 0 is mask
 never looked at again.
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,9 @@ STATS = (
 
 def distillation_loss(*args) -> tuple[Tensor, Tensor]:
     """(loss, rows) for the schema in this folder's __init__.py."""
-    loss, rows, _ = _forward(*args)
+    student, teacher, *options = args
+    options, center = options[:OPTIONS], options[OPTIONS:]
+    loss, rows, _ = _forward(student, centered(student, teacher, *center), *options)
     return loss, rows
 
 
@@ -55,9 +58,10 @@ def distillation_loss_and_grad(
     """(loss, rows, student_grad, teacher_grad), teacher_grad empty unless asked for
     (the last argument).
     """
-    *options, teacher_grad = args
+    *options, teacher_grad = args[: OPTIONS + 1]
+    center = args[OPTIONS + 1 :]
     loss, rows, (labels, divergence, label_smoothing, vocab_size) = _forward(
-        student, teacher, *options
+        student, centered(student, teacher, *center), *options
     )
     one = torch.ones((), dtype=rows.dtype, device=rows.device)
     grads = distillation_loss_backward(
@@ -71,6 +75,7 @@ def distillation_loss_and_grad(
         vocab_size,
         True,
         teacher_grad,
+        *center,
     )
     return loss, rows, *grads
 
@@ -101,6 +106,7 @@ def distillation_loss_backward(
     vocab_size: int,
     student_grad: bool,
     teacher_grad: bool,
+    teacher_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(student_grad, teacher_grad), each (N, columns given) in its input's dtype,
     or empty where not asked for.
@@ -116,29 +122,14 @@ def distillation_loss_backward(
     use_kd = line["kd_scale"][:, None] != 0
     use_unit = (line["ce_scale"][:, None] != 0) | (line["z_scale"][:, None] != 0)
     s = torch.where(use_kd | use_unit, student[:, :v].to(rows.dtype), 0.0)
-    t = torch.where(use_kd, teacher[:, :v].to(rows.dtype), 0.0)
+    t = centered(student, teacher, teacher_center)
+    t = torch.where(use_kd, t[:, :v].to(rows.dtype), 0.0)
     ts, tt = line["temperature"][:, None], line["teacher_temperature"][:, None]
-    first, second = line["first"][:, None], line["second"][:, None]
-    exclude = divergence == "dkd"
-    row = _Row(s, t, line["temperature"], line["teacher_temperature"], labels, exclude)
-
-    _, g, h = TERMS[divergence](row.a, row.b, row.p, row.q, first, second)
-    sum_g, d = line["sum_g"][:, None], line["divergence"][:, None]
-    degree = first + second if divergence == "ab" else 1.0
-    sum_h = torch.zeros_like(d) if divergence == "reverse_kl" else degree * d - sum_g
-    if divergence == "renyi":
-        tilted = torch.exp(geometric(row.a, row.b, first) - sum_g)
-        limit = first == 1
-        factor = first / (first - 1)
-        g, sum_g = torch.where(limit, g, -tilted), torch.where(limit, 0.0, -1.0)
-        h, sum_h = torch.where(limit, h, factor * tilted), torch.where(limit, d, factor)
-    if exclude:
-        g, h, sum_h = second * g, second * h, second * d
-        both = row.teacher_label_prob * row.teacher_rest_prob
-        binary_h = first * _zero_wins(both, row.teacher_odds - row.student_odds)
-        at_label = row.at_label
-        g = torch.where(at_label, sum_g, g)  # p and q are 0 there
-        h, sum_h = torch.where(at_label, binary_h, h), sum_h + binary_h
+    by_s, by_t = by_scaled_logits(
+        Row(s, t, line["temperature"], line["teacher_temperature"], labels, divergence == "dkd"),
+        line,
+        divergence,
+    )
 
     unit = torch.zeros_like(s)
     if v:
@@ -155,13 +146,35 @@ def distillation_loss_backward(
 
     gs, gt = student.new_empty(0), teacher.new_empty(0)
     if student_grad:
-        gs = finish(torch.where(use_kd, kd / ts * (g - row.p * sum_g), 0.0) + unit, student)
+        gs = finish(torch.where(use_kd, kd / ts * by_s, 0.0) + unit, student)
     if teacher_grad:
-        gt = finish(torch.where(use_kd, kd / tt * (h - row.q * sum_h), 0.0), teacher)
+        gt = finish(torch.where(use_kd, kd / tt * by_t, 0.0), teacher)
     return gs, gt
 
 
-class _Row:
+def by_scaled_logits(row: "Row", line: dict[str, Tensor], divergence: str) -> tuple[Tensor, Tensor]:
+    """∂KD/∂(s/τs) and ∂KD/∂(t/τt) before T²: G − p·ΣG and H − q·ΣH."""
+    first, second = line["first"][:, None], line["second"][:, None]
+    _, g, h = TERMS[divergence](row.a, row.b, row.p, row.q, first, second)
+    sum_g, d = line["sum_g"][:, None], line["divergence"][:, None]
+    degree = first + second if divergence == "ab" else 1.0
+    sum_h = torch.zeros_like(d) if divergence == "reverse_kl" else degree * d - sum_g
+    if divergence == "renyi":
+        tilted = torch.exp(geometric(row.a, row.b, first) - sum_g)
+        limit = first == 1
+        factor = first / (first - 1)
+        g, sum_g = torch.where(limit, g, -tilted), torch.where(limit, 0.0, -1.0)
+        h, sum_h = torch.where(limit, h, factor * tilted), torch.where(limit, d, factor)
+    if divergence == "dkd":
+        g, h, sum_h = second * g, second * h, second * d
+        both = row.teacher_label_prob * row.teacher_rest_prob
+        binary_h = first * zero_wins(both, row.teacher_odds - row.student_odds)
+        g = torch.where(row.at_label, sum_g, g)  # p and q are 0 there
+        h, sum_h = torch.where(row.at_label, binary_h, h), sum_h + binary_h
+    return g - row.p * sum_g, h - row.q * sum_h
+
+
+class Row:
     """Log-probabilities of both rows and what is derived from them;
     without the label's column for DKD.
     """
@@ -283,6 +296,10 @@ def plan(
     )
 
 
+# From labels to return_stats.
+OPTIONS = len(inspect.signature(plan).parameters) - 2
+
+
 def _forward(student: Tensor, teacher: Tensor, labels: Tensor | None, *options):
     dtype = compute_dtype(student, teacher)
     divergence = options[1]
@@ -297,14 +314,14 @@ def _forward(student: Tensor, teacher: Tensor, labels: Tensor | None, *options):
     t = torch.where(rows_plan.read_teacher[:, None], teacher[:, :v].to(dtype), 0.0)
 
     exclude = divergence == "dkd"
-    row = _Row(s, t, ts, tt, labels, exclude)
+    row = Row(s, t, ts, tt, labels, exclude)
     d, sum_g = _divergence_sums(divergence, row, first_row, second_row)
     kd = d
     if exclude:
         # Where nothing but the label has mass there is nothing to distil.
         empty = torch.isneginf(row.student_log_z) & torch.isneginf(row.teacher_log_z)
         d, kd_scale = torch.where(empty, 0.0, d), torch.where(empty, 0.0, kd_scale)
-        kd = second_row * d + first_row * _binary_kl(row)
+        kd = second_row * d + first_row * binary_kl(row)
         sum_g = first_row * (row.student_label_prob - row.teacher_label_prob)[:, 0]
     unit_log_z = _log_z(s, 1.0)[1]
     unit_lse = row.student_max_all + unit_log_z
@@ -318,9 +335,7 @@ def _forward(student: Tensor, teacher: Tensor, labels: Tensor | None, *options):
         ce = (1 - label_smoothing) * -label_log_prob + label_smoothing * smooth
 
     total = (
-        _zero_wins(kd_scale, kd)
-        + _zero_wins(ce_scale, ce)
-        + _zero_wins(z_scale, unit_lse * unit_lse)
+        zero_wins(kd_scale, kd) + zero_wins(ce_scale, ce) + zero_wins(z_scale, unit_lse * unit_lse)
     )
     loss = total if reduction == "none" else total.sum()
     lines = [
@@ -352,6 +367,96 @@ def _forward(student: Tensor, teacher: Tensor, labels: Tensor | None, *options):
         ]
     rows = torch.stack([line.to(dtype) for line in lines])
     return loss, rows, (labels, divergence, label_smoothing, vocab_size)
+
+
+# ---- what options need of the rows beside their loss ----
+
+
+def row_moments(x: Tensor, vocab_size: int) -> Tensor:
+    """(2, N): mean and unbiased standard deviation of each row, which is 0 where V = 1."""
+    x = x[:, :vocab_size].to(torch.promote_types(x.dtype, torch.float32))
+    # From a column of the row, so that equal columns have deviation 0 in every dtype.
+    origin = x[:, :1]
+    mean = origin[:, 0] + (x - origin).mean(1)
+    squares = (x - mean[:, None]).square().sum(1)
+    return torch.stack([mean, torch.sqrt(squares / max(vocab_size - 1, 1))])
+
+
+def add_centered_(grad: Tensor, x: Tensor, mean: Tensor, factor: Tensor, vocab_size: int) -> None:
+    """grad (N, columns) += factor·(x − mean) in the first V columns of rows whose factor is not 0;
+    mean and factor (N,).
+    """
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    into = grad[:, :vocab_size]
+    term = factor[:, None] * (x[:, :vocab_size].to(compute) - mean[:, None])
+    into.copy_(torch.where(factor[:, None] == 0, into, into.to(compute) + term))
+
+
+def temperature_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    labels: Tensor | None,
+    divergence: str,
+    vocab_size: int,
+) -> Tensor:
+    """(3, N): Σ s·∂KD/∂(s/τs), Σ t·∂KD/∂(t/τt) and KD itself, before T²; 0 where KD is masked.
+
+    KD depends on τs through s/τs alone: ∂KD/∂τs is minus the first over τs². The derivatives of a
+    row add up to 0, so the sums are the same with any number subtracted from its logits: their mean
+    under its softmax, which also cancels what a rounded log-sum-exp does to every probability.
+    """
+    line = dict(zip(ROWS, rows, strict=False))
+    counts = line["kd_scale"][:, None] != 0
+    s = torch.where(counts, student[:, :vocab_size].to(rows.dtype), 0.0)
+    t = torch.where(counts, teacher[:, :vocab_size].to(rows.dtype), 0.0)
+    row = Row(s, t, line["temperature"], line["teacher_temperature"], labels, divergence == "dkd")
+    by_s, by_t = by_scaled_logits(row, line, divergence)
+    kd = line["divergence"]
+    if divergence == "dkd":
+        kd = line["second"] * kd + line["first"] * binary_kl(row)
+
+    def products(x: Tensor, largest: Tensor, prob: Tensor, by: Tensor) -> Tensor:
+        x = x - largest[:, None]
+        return zero_wins(by, x - zero_wins(prob, x).sum(1, keepdim=True)).sum(1)
+
+    sums = torch.stack(
+        [
+            products(s, row.student_max, row.p, by_s),
+            products(t, row.teacher_max, row.q, by_t),
+            kd,
+        ]
+    )
+    return torch.where(counts[:, 0], sums, 0.0)
+
+
+def adaptive_weights(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor,
+    teacher_temperature: Tensor,
+    vocab_size: int,
+) -> Tensor:
+    """(N,): the share of Σ|p − q| that lies in the head of the teacher's distribution, ½ where both
+    rows agree. Head: its most probable column, and then all down to where the cumulative
+    probability would pass ½, equal ones in the order of their columns.
+    """
+    dtype = compute_dtype(student, teacher)
+    s, t = student[:, :vocab_size].to(dtype), teacher[:, :vocab_size].to(dtype)
+    p = torch.softmax((s - _log_z(s, 1.0)[0][:, None]) / temperature.reshape(-1, 1), 1)
+    q = torch.softmax((t - _log_z(t, 1.0)[0][:, None]) / teacher_temperature.reshape(-1, 1), 1)
+    order = t.sort(dim=1, descending=True, stable=True).indices
+    gaps = (p - q).abs().gather(1, order)
+    head = q.gather(1, order).cumsum(1) <= 0.5
+    head[:, :1] = True
+    of_head, of_tail = (torch.where(part, gaps, 0.0).sum(1) for part in (head, ~head))
+    all_gaps = of_head + of_tail
+    return torch.where(all_gaps == 0, 0.5, of_head / all_gaps)
+
+
+def centered(student: Tensor, teacher: Tensor, center: Tensor | None = None) -> Tensor:
+    """The teacher's logits less the center (columns,), in the dtype that is computed in."""
+    return teacher if center is None else teacher.to(compute_dtype(student, teacher)) - center
 
 
 def counted_rows(
@@ -402,7 +507,7 @@ def _log_z(x: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
 
 
 def _divergence_sums(
-    divergence: str, row: _Row, first: Tensor, second: Tensor
+    divergence: str, row: Row, first: Tensor, second: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(D, ΣG) of each row; for Rényi (D, log B)."""
     phi, g, _ = TERMS[divergence](row.a, row.b, row.p, row.q, first[:, None], second[:, None])
@@ -419,7 +524,7 @@ def _divergence_sums(
     return d, sum_g
 
 
-def _binary_kl(row: _Row) -> Tensor:
+def binary_kl(row: Row) -> Tensor:
     """Forward KL of the (label, rest) distributions of both rows."""
 
     def log_probs(odds: Tensor) -> Tensor:
@@ -430,10 +535,10 @@ def _binary_kl(row: _Row) -> Tensor:
     return TERMS["forward_kl"](a, b, torch.exp(a), torch.exp(b), zero, zero)[0].sum(1)
 
 
-def _entropies(row: _Row, exclude: bool) -> tuple[Tensor, Tensor]:
+def _entropies(row: Row, exclude: bool) -> tuple[Tensor, Tensor]:
     """Entropies of both whole rows in nats."""
-    student = -_zero_wins(row.p, row.a).sum(1)
-    teacher = -_zero_wins(row.q, row.b).sum(1)
+    student = -zero_wins(row.p, row.a).sum(1)
+    teacher = -zero_wins(row.q, row.b).sum(1)
     if not exclude:
         return student, teacher
 
@@ -442,13 +547,13 @@ def _entropies(row: _Row, exclude: bool) -> tuple[Tensor, Tensor]:
         label, rest = torch.sigmoid(odds), torch.sigmoid(-odds)
         log_label = torch.nn.functional.logsigmoid(odds)
         log_rest = torch.nn.functional.logsigmoid(-odds)
-        own = -_zero_wins(label, log_label) - _zero_wins(rest, log_rest)
-        return own + _zero_wins(rest, rest_entropy)
+        own = -zero_wins(label, log_label) - zero_wins(rest, log_rest)
+        return own + zero_wins(rest, rest_entropy)
 
     return whole(row.student_odds, student), whole(row.teacher_odds, teacher)
 
 
-def _zero_wins(weight: Tensor, x: Tensor) -> Tensor:
+def zero_wins(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * x)
 
 

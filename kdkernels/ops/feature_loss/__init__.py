@@ -42,11 +42,10 @@ SCHEMAS = {
     "(Tensor loss, Tensor parts, Tensor[] grads)",
     "scale_features_": "(Tensor(a!)[] grads, Tensor factor) -> ()",
 }
-_backend.define(SCHEMAS, reference)
+_backend.define(SCHEMAS, reference, kernels=f"{__name__}.triton_kernels")
 
 METRICS = reference.METRICS
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
-ON_DEVICES = False  # whether there are CUDA and Triton kernels
 
 Features = Tensor | Sequence[Tensor]
 
@@ -106,7 +105,7 @@ def feature_loss(
             ``"cosine"`` over positions, for ``"attention"`` over the map's positions (the published
             code); "sum"; "none": one loss a sample.
         return_parts: also return each layer's part of the loss, ``(layers,)``, detached.
-        backend: None chooses; "cpp" or "reference" serves the call or raises.
+        backend: None chooses; "cpp", "triton" or "reference" serves the call or raises.
 
     Returns:
         The loss, 0-d; under "none" ``(B,)`` for one feature and ``(layers, B)`` for a list.
@@ -420,7 +419,7 @@ def prepare(
         )
     numbers, weights_tensor = _weights(weights, n, device, compute)
     dtypes = tuple({x.dtype for x in (*student, *teacher)})
-    chosen, why = _backend.choose(backend, device, dtypes, ON_DEVICES)
+    chosen, why = _backend.choose(backend, device, dtypes)
     _backend.warn_of_reference(chosen, why, device)
     teachers = [x.detach() for x in teacher]
     return FeatureCall(

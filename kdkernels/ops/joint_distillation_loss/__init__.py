@@ -45,7 +45,7 @@ SCHEMAS = {
     "joint_distillation_loss": f"(Tensor student, Tensor teacher, {OPTIONS}, {FEATURES}, "
     "bool student_grad, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
 }
-_backend.define(SCHEMAS, reference)
+_backend.define(SCHEMAS, reference, kernels=f"{__name__}.triton_kernels")
 
 
 class JointStats(NamedTuple):
@@ -87,7 +87,7 @@ def joint_distillation_loss(
             ``reduction``; the latter not "none".
         projector: its ``projector``, modules only.
         return_stats: also return ``JointStats``.
-        backend: None chooses; "cpp" or "reference" serves the call or raises.
+        backend: None chooses; "cpp", "triton" or "reference" serves the call or raises.
         options: those of ``distillation_loss`` (``temperature``, ``ce_weight``, ``divergence``, …),
             with their defaults, but for ``inplace`` and ``teacher_grad``; ``reduction`` is that of
             the logits, not "none".
@@ -132,6 +132,7 @@ def joint_distillation_loss(
         student_logits,
         teacher_logits,
         labels,
+        fused_only=True,
         return_stats=return_stats,
         backend=backend,
         **options,
@@ -162,6 +163,7 @@ _OPTIONS = [
     for name, parameter in inspect.signature(distillation_loss).parameters.items()
     if parameter.kind == parameter.KEYWORD_ONLY
     and name not in ("inplace", "teacher_grad", "return_stats", "backend")
+    and name not in ("standardize", "teacher_center")  # of several ops, one of them after the loss
 ]
 _signature = inspect.signature(joint_distillation_loss)
 joint_distillation_loss.__signature__ = _signature.replace(  # type: ignore[attr-defined]

@@ -94,9 +94,7 @@ def kl_div(
                 "batch is reduction='batchmean'",
                 stacklevel=2,
             )
-    chosen, why = _backend.choose(
-        backend, input.device, (input.dtype, target.dtype), on_devices=False
-    )
+    chosen, why = _backend.choose(backend, input.device, (input.dtype, target.dtype), on_devices=())
     _backend.warn_of_reference(chosen, why, input.device)
 
     # As in PyTorch: a () operand does not decide the dtype; autocast runs kl_div in float32.

@@ -54,17 +54,13 @@ SCHEMAS = {
     "scaled": "(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor",
 }
 _backend.define(SCHEMAS, reference)
-# Its loop runs once a chunk, which a fake tensor's symbolic N cannot.
-torch.library.register_fake("kdkernels::linear_distillation_loss")(
-    reference.linear_distillation_loss_fake
-)
 
-# Bytes of the buffers that the chunks go through, where nobody says. At V = 49152 this is 512 rows
-# of two float32 heads and 1024 of two bfloat16 ones on the CPU (256 rows of logits at a time), and
-# leaves the whole call under 256 MiB beside its gradients. Time over the matrix products alone,
-# bfloat16, Hs = Ht = 576, N = 4096, with 128 and 192 MiB: 1.96 and 1.69 (processor time of one
-# thread on a loaded machine).
-DEFAULT_MEMORY_BUDGET = 192 * 2**20
+# Bytes of the buffers that the chunks go through, where nobody says. At V = 49152 this is 426 rows
+# of two float32 heads and 853 of two bfloat16 ones on the CPU (214 rows of logits at a time), and
+# leaves the whole call under 256 MiB beside its gradients (192 MiB took 255.6 in bfloat16). More
+# rows are faster: time over the matrix products alone, bfloat16, Hs = Ht = 576, N = 4096, was 1.96
+# with 128 MiB and 1.69 with 192 (processor time of one thread on a loaded machine).
+DEFAULT_MEMORY_BUDGET = 160 * 2**20
 # On a GPU the float32 sum of the weight's gradient is read and written once a chunk: 8 bytes for
 # 2·rows floating-point operations, which an H100 (295 a byte of memory at bfloat16's peak) needs
 # 1200 rows for. A chunk with fewer rows than the second number spends most of its time there.
@@ -114,7 +110,7 @@ def linear_distillation_loss(
         student_logit_scale, teacher_logit_scale: z = scale·(hidden @ weight.T + bias), before the
             softcap (Cohere).
         chunk_rows: tokens whose logits exist at a time, at most; default from ``memory_budget``.
-        memory_budget: bytes of the chunks' buffers, at least one row; default 192 MiB on the CPU,
+        memory_budget: bytes of the chunks' buffers, at least one row; default 160 MiB on the CPU,
             2048 rows on a GPU. The float32 sum of the weight's gradient comes on top. With
             ``low_memory`` bytes of the panels of the logits' gradient, at least 128 columns;
             default as many as ``student_hidden`` has, or 64 MiB where that is more.
@@ -310,7 +306,8 @@ _KEYWORDS = [name for name, p in _signature.parameters.items() if p.kind == p.KE
 _OPTIONS = {
     name: parameter
     for name, parameter in inspect.signature(distillation_loss).parameters.items()
-    if parameter.kind == parameter.KEYWORD_ONLY and name not in (*_KEYWORDS, "inplace")
+    if parameter.kind == parameter.KEYWORD_ONLY
+    and name not in (*_KEYWORDS, "inplace", "standardize", "teacher_center")
 }
 linear_distillation_loss.__signature__ = _signature.replace(  # type: ignore[attr-defined]
     parameters=[

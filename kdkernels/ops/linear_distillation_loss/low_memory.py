@@ -55,7 +55,7 @@ def serves(device: torch.device, dtypes: tuple[torch.dtype, ...], backend: str |
     """Whether to take these kernels where memory leaves no useful chunk of rows."""
     if device.type != "cuda" or backend not in (None, "triton"):
         return False
-    return _backend._refusal("triton", device, dtypes, True) is None
+    return _backend._refusal("triton", device, dtypes, ("triton",)) is None
 
 
 def _low_memory_fake(student_hidden, *args):

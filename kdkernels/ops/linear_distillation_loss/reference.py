@@ -76,12 +76,16 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     An eighth at a time: all at once makes several whole temporaries.
     """
     factor = factor.to(torch.promote_types(grad.dtype, factor.dtype))
-    result = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+    result = scaled_fake(grad, factor, dtype)
     step = max(1, -(-len(grad) // 8))
     for start in range(0, len(grad), step):
         tile = grad[start : start + step]
         result[start : start + step] = torch.where(tile == 0, 0.0, tile * factor)
     return result
+
+
+def scaled_fake(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _tiles(size: int) -> list[slice]:

@@ -1,0 +1,3 @@
+#define KD_TARGET
+#define KD_KERNELS kernels_baseline
+#include "kernels.h"
