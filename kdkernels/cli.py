@@ -1,4 +1,4 @@
-"""The command line: `kdkernels train`, `kdkernels demo`.
+"""The command line: `kdkernels train`, `kdkernels tune`, `kdkernels demo`.
 
 Only the chosen command's modules are imported, and only then: `kdkernels --help` stays quick.
 """
@@ -28,14 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kdkernels {__version__}")
     parser.add_argument(
         "command",
-        choices=["train", "demo"],
+        choices=["train", "tune", "demo"],
         help="train: distil a teacher into a small student on MNIST digits, with checkpoints; "
+        "tune: choose that run's options by cross-validation; "
         "demo: compare training on few labels with and without the teacher (about a minute); "
         "demo --llm: distil a real language model (about ten minutes)",
     )
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of that command")
     arguments = parser.parse_args(argv)
-    command = {"train": _train, "demo": _demo}[arguments.command]
+    command = {"train": _train, "tune": _tune, "demo": _demo}[arguments.command]
     try:
         command(arguments.options)
     except (ImportError, OSError, RuntimeError, ValueError, ArithmeticError) as error:
@@ -67,6 +68,55 @@ def _train(options: Sequence[str]) -> None:
         f"cross-entropy {final['cross_entropy']:.4f} nats\n"
         f"weights: {config.run_dir}/student.safetensors\n"
         f"curves: tensorboard --logdir {config.run_dir}"
+    )
+
+
+def _tune(options: Sequence[str]) -> None:
+    from kdkernels.trainer.mnist import MnistConfig
+    from kdkernels.trainer.tune import METRICS, tune_mnist
+
+    parser = argparse.ArgumentParser(
+        prog="kdkernels tune",
+        description="Choose options of `kdkernels train` by cross-validation on its labelled digits"
+        ", and train the student with them. Killed and started again with the same options it goes "
+        "on. The teacher of `kdkernels train` has seen the labels that the folds are scored on: "
+        "their scores are optimistic, the test accuracy at the end is not.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--grid",
+        type=json.loads,
+        default='{"kd_weight": [0.03, 0.3, 0.9], "temperature": [1.0, 2.0, 4.0]}',
+        help="JSON: the values to try of each option, all combinations",
+        metavar="X",
+    )
+    parser.add_argument("--folds", type=int, default=5, help="of the cross-validation", metavar="X")
+    parser.add_argument(
+        "--outer-folds",
+        type=int,
+        help="of a nested test of the choice against the options as given; none: no such test",
+        metavar="X",
+    )
+    parser.add_argument(
+        "--halving",
+        action="store_true",
+        help="drop the worse half of the settings after some of the folds",
+    )
+    parser.add_argument("--metric", default="accuracy", choices=METRICS, help="what is compared")
+    parser.add_argument("--workers", type=int, default=1, help="processes", metavar="X")
+    own = {action.dest for action in parser._actions} - {"help"}
+    add_config_flags(parser, MnistConfig)
+    parser.set_defaults(run_dir="runs/tune")
+    arguments = vars(parser.parse_args(options))
+    search = {name: arguments.pop(name) for name in own}
+    config = MnistConfig(**arguments)
+    result, test = tune_mnist(config, **search)
+    print(
+        f"{result.table()}\n\nchosen: {json.dumps(result.chosen)}\n"
+        f"test accuracy {100 * test['accuracy']:.1f} %, "
+        f"cross-entropy {test['cross_entropy']:.4f} nats\n"
+        f"weights: {config.run_dir}/refit/student.safetensors\n"
+        f"table, report, heat map: {config.run_dir}"
     )
 
 

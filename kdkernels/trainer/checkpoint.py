@@ -44,6 +44,27 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     _flush(path.parent)
 
 
+def write_json(path: Path, state: dict[str, Any]) -> None:
+    """`write_file` for anything JSON can hold, with its own SHA-256."""
+    document = {"sha256": _digest_json(state), "state": state}
+    write_file(path, json.dumps(document).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. Raises CheckpointError if the file is missing or damaged."""
+    try:
+        document = json.loads(path.read_bytes())
+        recorded, state = document["sha256"], document["state"]
+        intact = recorded == _digest_json(state)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    if not intact:
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+    return state
+
+
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
 ) -> Path:
@@ -63,8 +84,7 @@ def save_checkpoint(
         _save_tensors(file, content)
         digests[file.name] = _digest(file)
     payload = {**state, "format": FORMAT, "step": step, "sha256": digests}
-    document = {"sha256": _digest_json(payload), "state": payload}
-    write_file(partial / "state.json", json.dumps(document).encode())
+    write_json(partial / "state.json", payload)
     _flush(partial)
     os.rename(partial, folder / name)
     _flush(folder)
@@ -105,16 +125,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     Raises CheckpointError, naming the first file that is missing, damaged or of another format.
     """
     file = checkpoint / "state.json"
-    try:
-        document = json.loads(file.read_bytes())
-        recorded, state = document["sha256"], document["state"]
-        intact = recorded == _digest_json(state)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error!r}") from error
-    if not intact:
-        raise CheckpointError(f"{file} is damaged: its content does not match its checksum")
+    state = read_json(file)
     if state["format"] != FORMAT:
         raise CheckpointError(f"{file} has format {state['format']}; accepted is {FORMAT}")
     for name, digest in state["sha256"].items():

@@ -26,13 +26,13 @@ from kdkernels import __version__
 from kdkernels.trainer._extras import require
 from kdkernels.trainer.checkpoint import write_file, write_tensors
 from kdkernels.trainer.config import TrainConfig
+from kdkernels.trainer.data import make_loader
 from kdkernels.trainer.loop import train
 from kdkernels.trainer.mnist import (
     EVAL_BATCH,
     Digits,
     hide_labels,
     load_digits,
-    make_loader,
     make_student,
     one_thread,
     train_teacher,

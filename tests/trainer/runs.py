@@ -73,12 +73,12 @@ def run_and_report(run_dir, options, kill_at=None):
     """
     torch.set_num_threads(1)
     if kill_at is not None:
-        _count_calls(kill_at)
+        count_calls(kill_at)
     _, result = run(run_dir, **options)
     Path(run_dir, "result.json").write_text(json.dumps(result.history))
 
 
-def _count_calls(kill_at):
+def count_calls(kill_at):
     calls = 0
 
     def counted(function):
