@@ -40,16 +40,16 @@ def option_pair(
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} is a {type(value).__name__}; accepted: float or Tensor")
-        if not math.isfinite(value) or (positive and value <= 0):
+        # Not math.isfinite, which torch.compile cannot trace on a number that it made dynamic.
+        if not abs(value) < math.inf or (positive and value <= 0):
             accepted = "a finite float" + (" > 0" if positive else "")
             raise ValueError(f"{name}={value}; accepted: {accepted}, or a Tensor")
         return float(value), None
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype}; accepted: real dtypes")
     if value.dim() and value.shape != leading:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; accepted: a float, (), or {tuple(leading)}"
-        )
+        shapes = "()" if leading == () else f"(), or {tuple(leading)}"
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: a float, {shapes}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; accepted: the logits' device {device}")
     if value.requires_grad:
@@ -117,7 +117,16 @@ def computed(*tensors: Tensor) -> list[Tensor]:
     return [x.detach().to(dtype) for x in tensors]
 
 
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def distinct(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The same tensors, repeats as views of themselves: a compiled graph takes none twice."""
+    result: list[Tensor | None] = []
+    for x in tensors:
+        again = x is not None and any(x is y for y in result)
+        result.append(x.view_as(x) if x is not None and again else x)
+    return result
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Products of what is in float32 stay in float32."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -134,18 +143,18 @@ class GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, loss_and_grad: Callable, *options):
-        with _no_autocast(student.device):
+        with no_autocast(student.device):
             loss, grad = loss_and_grad(*computed(student, teacher), *options, True)
-        ctx.save_for_backward(grad)
-        ctx.dtype, ctx.options = student.dtype, len(options)
+        ctx.save_for_backward(grad, student)  # student: what a second derivative would be of
+        ctx.options = len(options)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        (grad,) = ctx.saved_tensors
+        grad, student = ctx.saved_tensors
         with torch.no_grad():
-            student_grad = (grad * upstream).to(ctx.dtype)
-        grads = no_double_backward(ctx, [student_grad], upstream, grad)
+            student_grad = (grad * upstream).to(student.dtype)
+        grads = no_double_backward(ctx, [student_grad], upstream, student)
         return *grads, None, None, *[None] * ctx.options
 
 
@@ -153,5 +162,5 @@ def loss_of_pairs(student: Tensor, teacher: Tensor, loss_and_grad: Callable, *op
     """loss_and_grad(student, teacher, *options, with_grad) -> (loss, gradient) under autograd."""
     if torch.is_grad_enabled() and student.requires_grad:
         return GradientInForward.apply(student, teacher.detach(), loss_and_grad, *options)
-    with _no_autocast(student.device):
+    with no_autocast(student.device):
         return loss_and_grad(*computed(student, teacher), *options, False)[0]

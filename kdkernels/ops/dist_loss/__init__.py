@@ -50,7 +50,7 @@ def dist_loss(
         student_logits: (..., V) float64, float32, bfloat16 or float16; leading dimensions are
             flattened to the N rows that a column has. Any row stride.
         teacher_logits: of the same shape, any of these dtypes; detached.
-        temperature: τ > 0, a float or a tensor of one value (a schedule).
+        temperature: τ > 0, a float or a 0-d tensor (a schedule).
         inter_weight, intra_weight: β and γ of the paper; floats or 0-d tensors.
         t_squared: multiply by τ², as the authors' code does.
         backend: None chooses; "cpp", "triton" or "reference" serves the call or raises.
@@ -107,7 +107,7 @@ def dist_loss(
             student, teacher, *pair
         )
     loss = inter_weight * losses[0] + intra_weight * losses[1]
-    return loss * temperature**2 if t_squared else loss
+    return (loss * temperature**2 if t_squared else loss).to(losses.dtype)
 
 
 class DISTLoss(nn.Module):

@@ -51,11 +51,13 @@ class TeacherCenter(nn.Module):
             )
         rows = teacher_logits.reshape(-1, columns)
         # The last number is the count of rows.
-        sums = torch.cat([rows.sum(0, dtype=torch.float32), self.value.new_full((1,), len(rows))])
+        count = torch.full((1,), len(rows), dtype=torch.float32, device=rows.device)
+        sums = torch.cat([rows.sum(0, dtype=torch.float32), count])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
-        mean = torch.where(sums[-1] > 0, sums[:-1] / sums[-1], self.value)
-        self.value = torch.lerp(mean, self.value, self.momentum)
+        value = self.value.float()  # module.bfloat16() may have changed the buffer
+        mean = torch.where(sums[-1] > 0, sums[:-1] / sums[-1], value)
+        self.value = torch.lerp(mean, value, self.momentum).to(self.value.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.value.shape[0]}, momentum={self.momentum}"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _backend
-from .._common import check_floats, check_names, no_double_backward
+from .._common import check_floats, check_names, distinct, no_double_backward
 from . import reference
 
 # What the ops take of features. One entry a layer in every list; no list is longer or shorter.
@@ -281,7 +281,7 @@ class FeatureCall(NamedTuple):
 def _loss(call: FeatureCall) -> tuple[Tensor, Tensor]:
     """(loss, parts) of layers that need no product."""
     if torch.is_grad_enabled() and call.needs_grad():
-        return _FeatureLoss.apply(call.backend, call.config, *call.tensors)
+        return _FeatureLoss.apply(call.backend, call.config, *distinct(call.tensors))
     loss, parts, _ = run(call, None, [False] * (2 * call.layers))
     return loss, parts
 
@@ -669,7 +669,10 @@ class _Projected(torch.autograd.Function):
         student, weight, teacher, mask, log_variance, weights_tensor, *grads = ctx.saved_tensors
         with torch.no_grad():
             if ctx.early:
-                grads = [g if g is None else g * grad_loss.to(g.dtype) for g in grads]
+                grads = [
+                    g if g is None else torch.where(g == 0, g, g * grad_loss.to(g.dtype))
+                    for g in grads
+                ]
             else:
                 rest = teacher, mask, log_variance, weights_tensor
                 _, grads = _projected(
@@ -732,6 +735,9 @@ def _projected(
         if student_grad is not None:
             student_grad[part] = torch.matmul(grad, matrix.T).movedim(-1, dim)
         if weight_grad is not None:
+            if piece is not None:  # what a mask hides may be NaN, and NaN·0 is NaN
+                x = torch.where((piece != 0).unsqueeze(-1), x, 0)
+            x = torch.where(factor == 0, 0, x)
             weight_grad += x.reshape(-1, x.shape[-1]).T @ grad.reshape(-1, channels)
         if variance_grad is not None:
             variance_grad += variance

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._common import check_names, no_double_backward
+from .._common import check_names, distinct, no_double_backward
 from ..distillation_loss import (
     _PLACE,
     OPTIONS,
@@ -148,7 +148,7 @@ def joint_distillation_loss(
     needs_grad = logits.student.requires_grad or features.needs_grad()
     if torch.is_grad_enabled() and needs_grad:
         loss, rows, parts = _Joint.apply(
-            chosen, logits.options, features.config, *pair, *features.tensors
+            chosen, logits.options, features.config, *distinct((*pair, *features.tensors))
         )
     else:
         loss, rows, parts, _, _ = _joint(chosen, logits.options, features, *pair)

@@ -105,7 +105,8 @@ def linear_distillation_loss(
         labels, and every option not below: those of ``distillation_loss``, with the same meaning
             and defaults; ``inplace`` is not one of them.
         student_bias, teacher_bias: (V,).
-        teacher_logits: (..., V) instead of the teacher's hidden states and weight; any strides.
+        teacher_logits: (..., V) instead of the teacher's hidden states and weight; any strides
+            (with ``low_memory`` only such that the leading dimensions flatten to one).
         student_softcap, teacher_softcap: c > 0 makes the logits c·tanh(z/c) (Gemma 2).
         student_logit_scale, teacher_logit_scale: z = scale·(hidden @ weight.T + bias), before the
             softcap (Cohere).
@@ -204,9 +205,16 @@ def linear_distillation_loss(
             f"chunk_rows={chunk_rows} with low_memory=True, which has no chunks of rows; accepted: "
             "memory_budget"
         )
+    given = tensors[6]  # teacher_logits
+    flat = given is None or given.dim() == 2
+    if low_memory and given is not None and not flat:
+        raise ValueError(
+            f"teacher_logits has shape {tuple(given.shape)} with strides {given.stride()}; accepted with low_memory=True: leading dimensions that "
+            "flatten to one stride"
+        )
     row_bytes = math.ceil(vocab * logit_bytes)
     rows = _chunk_rows(chunk_rows, memory_budget, row_bytes, student_hidden.device)
-    if chunk_rows is None and memory_budget is not None and rows < FEWEST_ROWS:
+    if flat and chunk_rows is None and memory_budget is not None and rows < FEWEST_ROWS:
         low_memory = low_memory or logit_free.serves(student_hidden.device, (compute,), backend)
     config = (*transforms, rows, chosen)
     if low_memory:

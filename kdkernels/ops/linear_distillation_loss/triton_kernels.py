@@ -611,7 +611,7 @@ class _Backward:
             self.by_logits = given.new_zeros(given.shape)  # columns of stride 1, as panels
         self.upstream = grad_loss.float().expand(n)
         self.unscale = rows.new_ones(())
-        if torch.float16 in (heads.student_operands, heads.teacher_operands):
+        if n and torch.float16 in (heads.student_operands, heads.teacher_operands):
             # What is small would be lost in float16. A power of two brings the largest coefficient
             # of a row to 8 … 16: 2^-28 of that is the smallest number, 2^12 the largest.
             largest = (torch.where(scales == 0, 0.0, scales * self.upstream)).abs().amax()

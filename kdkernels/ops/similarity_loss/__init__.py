@@ -47,7 +47,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...divergences import DIVERGENCES, Divergence, Parameter, resolve
 from .. import _backend
-from .._common import check_floats, check_names, no_double_backward, option_pair
+from .._common import (
+    check_floats,
+    check_names,
+    distinct,
+    no_autocast,
+    no_double_backward,
+    option_pair,
+)
 from ..distillation_loss import REDUCTIONS, check_flags
 from ..softmax import log_softmax, softmax
 from . import reference
@@ -166,11 +173,10 @@ def similarity_loss(
     features = (call.student, call.student_keys, call.teacher, call.teacher_keys)
     differentiable = (call.student, call.student_keys, call.parameters)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-        # A compiled graph takes no tensor twice.
-        keys = (None, None) if call.student_keys is call.student else features[1::2]
-        loss = _Similarity.apply(
-            call.student, keys[0], call.teacher, keys[1], call.parameters, call
-        )
+        own = call.student_keys is call.student and call.teacher_keys is call.teacher
+        keys = (None, None) if own else features[1::2]
+        tensors = distinct((call.student, keys[0], call.teacher, keys[1], call.parameters))
+        loss = _Similarity.apply(*tensors, call)
     else:
         op = _backend.implementation(call.backend, "similarity_loss", reference)
         loss = op(*features, call.row_weights, call.key_mask, call.parameters, *call.options)
@@ -310,7 +316,8 @@ def prototype_posterior(
         features.reshape(-1, features.shape[-1]), prototypes, None, kernel, center, compute
     )
     values = [rows.new_full((), x) if tensor is None else tensor for x, tensor in numbers]
-    scores = reference.Scores(_core_name(kernel), *values)(rows, keys, rows @ keys.t())
+    with no_autocast(features.device):
+        scores = reference.Scores(_core_name(kernel), *values)(rows, keys, rows @ keys.t())
     posterior = (log_softmax if log else softmax)(scores, backend=backend)
     return posterior.reshape(*features.shape[:-1], prototypes.shape[0])
 
@@ -361,7 +368,7 @@ def _prepare(
             f"teacher has shape {tuple(teacher.shape)}; accepted: student's rows, "
             f"{tuple(leading)} + (Dt,)"
         )
-    own_keys = student_keys is None or student_keys is student
+    own_keys = student_keys is None or (student_keys is student and teacher_keys is teacher)
     if (student_keys is None) != (teacher_keys is None):
         given, absent = ("teacher_keys", "student_keys")
         if student_keys is not None:

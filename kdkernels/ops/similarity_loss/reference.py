@@ -7,6 +7,7 @@ compiled. Features come centred and, for the kernels of a cosine, of unit length
 import torch
 from torch import Tensor
 
+from .._common import no_autocast
 from ..distillation_loss import reference as row_reference
 
 # Scores of one block of rows, for each of student and teacher.
@@ -17,7 +18,8 @@ def similarity_loss(
     student: Tensor, student_keys: Tensor, teacher: Tensor, teacher_keys: Tensor, *options
 ) -> Tensor:
     """The loss for the schema in this folder's __init__.py."""
-    return _run(None, student, student_keys, teacher, teacher_keys, *options)[0]
+    with no_autocast(student.device):
+        return _run(None, student, student_keys, teacher, teacher_keys, *options)[0]
 
 
 def similarity_loss_and_grad(
@@ -28,7 +30,8 @@ def similarity_loss_and_grad(
     """
     *options, student_grad, keys_grad, parameter_grads, teacher_parameter_grads = args
     wanted = (student_grad, keys_grad, parameter_grads, teacher_parameter_grads)
-    return _run(wanted, student, student_keys, teacher, teacher_keys, *options)
+    with no_autocast(student.device):
+        return _run(wanted, student, student_keys, teacher, teacher_keys, *options)
 
 
 def similarity_loss_fake(student: Tensor, student_keys: Tensor, *args) -> Tensor:
