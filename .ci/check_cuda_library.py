@@ -24,6 +24,10 @@ for op in (
     "feature_loss",
     "scale_features_",
     "joint_distillation_loss",
+    "row_moments",
+    "add_centered_",
+    "temperature_sums",
+    "adaptive_weights",
 ):
     for device in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{op}", device), op

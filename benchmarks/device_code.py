@@ -290,7 +290,15 @@ def short(mangled: str) -> str:
         return mangled
     done = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True)
     name = done.stdout.strip().replace("(anonymous namespace)::", "").replace("kd::", "")
-    return re.sub(r"^\w+ |\(.*$", "", name)
+    # The arguments begin at the first bracket outside of template arguments: an enumerator is
+    # (Family)2 there.
+    depth = 0
+    for end, sign in enumerate(name):
+        depth += (sign == "<") - (sign == ">")
+        if sign == "(" and depth == 0:
+            name = name[:end]
+            break
+    return re.sub(r"^\w+ ", "", name)
 
 
 # ---- the table ----

@@ -43,6 +43,26 @@ ptxas info    : Function properties for _Zkernel
     assert device_code.SPILLS.findall(said) == [("_Zcalled", "4", "8"), ("_Zkernel", "0", "0")]
 
 
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs binutils' c++filt")
+@pytest.mark.parametrize(
+    ("mangled", "name"),
+    [
+        # void kd::f::(anonymous namespace)::pieces<(kd::f::Family)2>(kd::f::Call)
+        ("_ZN2kd1f12_GLOBAL__N_16piecesILNS0_6FamilyE2EEEvNS0_4CallE", "f::pieces<(f::Family)2>"),
+        ("_ZN2kd1f12_GLOBAL__N_15scaleENS0_4CallE", "f::scale"),
+        ("_ZN2kd4rowsINS_3JSDEEEvPFviE", "rows<JSD>"),  # takes a void (*)(int)
+        ("_write", "_write"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_template_arguments(mangled, name):
+    assert device_code.short(mangled) == name
+
+
+def test_every_kernel_has_a_row_of_its_own():
+    lines = device_code.TABLE.read_text().splitlines()
+    assert len(device_code.parse("\n".join(lines))) == sum(line[:2] == "| " for line in lines) - 1
+
+
 def test_the_table_reads_back(monkeypatch):
     monkeypatch.setattr(device_code, "compilers", lambda: "nvcc 1, Triton 2")
     other = replace(ROW, arch=80, kernel="other")
