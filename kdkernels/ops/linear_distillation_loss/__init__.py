@@ -209,8 +209,8 @@ def linear_distillation_loss(
     flat = given is None or given.dim() == 2
     if low_memory and given is not None and not flat:
         raise ValueError(
-            f"teacher_logits has shape {tuple(given.shape)} with strides {given.stride()}; accepted with low_memory=True: leading dimensions that "
-            "flatten to one stride"
+            f"teacher_logits has shape {tuple(given.shape)} with strides {given.stride()}; "
+            "accepted with low_memory=True: leading dimensions that flatten to one stride"
         )
     row_bytes = math.ceil(vocab * logit_bytes)
     rows = _chunk_rows(chunk_rows, memory_budget, row_bytes, student_hidden.device)
