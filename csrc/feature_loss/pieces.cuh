@@ -16,8 +16,9 @@ namespace kd::features {
 
 enum class Family { elements, gaussian, vectors, maps };
 
-// Blocks that rest on a multiprocessor, by registers: what only streams needs many.
-constexpr int blocks_of(Family family) { return family == Family::elements ? 6 : 3; }
+// Blocks that rest on a multiprocessor, by registers: what only streams wants many. One more of
+// either kind spills (sm_80, sm_90).
+constexpr int blocks_of(Family family) { return family == Family::elements ? 3 : 2; }
 
 constexpr int kStats = 3;  // 1/‖A(s)‖, 1/‖A(t)‖ and Σ Â·slope of a sample
 

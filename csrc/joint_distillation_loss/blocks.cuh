@@ -34,7 +34,7 @@ __device__ __noinline__ void run_features(features::Blocks& all) {
 }
 
 template <class D>
-__global__ void __launch_bounds__(kThreads, 3) joint_blocks(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, 2) joint_blocks(const __grid_constant__ Call call) {
   __shared__ Mailbox mailbox;
   __shared__ Row rows[kWarps];
   __shared__ bool last;
