@@ -77,7 +77,10 @@ struct Mixes : OfDifference {
   static constexpr bool mixes = true;
 };
 
-struct ForwardKL : OfDifference {
+// Not OfDifference, though it is one: a row of differences more gains forward KL nothing (1.49
+// times torch.add's time in place instead of 1.43, 512×32000 float32), where it takes 11 % from
+// JSD.
+struct ForwardKL : Plain {
   static constexpr bool sum_g_is_zero = true;  // Σp − Σq
   template <class Real>
   static KD_INLINE Term<Real> term(Real a, Real b, Real p, Real q, Real, const Weights<Real>&) {
