@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -184,7 +183,7 @@ def measure(case: Case, names: list[str], seconds: float) -> dict[str, Any]:
     contestants = {}
     for name, loss in losses.items():
 
-        def step(*_: Any, loss: Loss = loss) -> None:
+        def step(loss: Loss = loss) -> None:
             differentiated(loss, student, teacher)
 
         ratios = [b / a for a, b in zip(times[OURS], times[name], strict=True)]
@@ -193,7 +192,7 @@ def measure(case: Case, names: list[str], seconds: float) -> dict[str, Any]:
             "fastest": 1e3 * min(times[name]),
             "of_ours": statistics.median(ratios),
             "peak_bytes": memory.added_by(step),
-            "operations": operations(step),
+            "operations": sum(run.ops_of(step).values()),
             "error": errors[name],
         }
         gc.collect()
@@ -205,11 +204,6 @@ def measure(case: Case, names: list[str], seconds: float) -> dict[str, Any]:
         "faster_than_ours": beaten,
         "contestants": contestants,
     }
-
-
-def operations(step: Callable[..., Any]) -> int:
-    inputs: Any = SimpleNamespace(student=torch.empty(0))  # what run.count_ops copies
-    return sum(run.count_ops(step, inputs).values())
 
 
 def table(results: list[dict[str, Any]]) -> str:

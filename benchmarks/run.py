@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -227,10 +228,15 @@ def ratios(times: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def count_ops(step: Step, inputs: Inputs) -> dict[str, int]:
-    """Ops of one loss and gradient in PyTorch's dispatcher, by name; none that another called."""
+    """Ops of one loss and gradient, as ``ops_of`` counts."""
     student = inputs.student.clone()
+    return ops_of(lambda: step(student, inputs))
+
+
+def ops_of(call: Callable[[], object]) -> dict[str, int]:
+    """Ops of a call in PyTorch's dispatcher, by name; none that another called."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(student, inputs)
+        call()
 
     def is_op(event: Any) -> bool:
         return "::" in event.name and not event.name.startswith(("autograd::", "c10::"))

@@ -109,12 +109,38 @@ def check_pair(student: Any, teacher: Any, dims: tuple[int, ...], shape: str) ->
         )
 
 
+def check_shape(
+    name: str, value: Any, leading: torch.Size, device: torch.device, of: str = "the logits"
+) -> None:
+    """A tensor with one value for each row of `of`, and where they are."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; accepted: Tensor")
+    if value.shape != leading:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: {tuple(leading)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; accepted: {of}' device {device}")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """What is computed in: float64 where one of them is float64, else float32."""
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
 def computed(*tensors: Tensor) -> list[Tensor]:
-    """Detached, in the dtype that is computed in: float32, or float64 where one of them is."""
-    dtype = torch.float32
-    for x in tensors:
-        dtype = torch.promote_types(dtype, x.dtype)
+    """Detached, in the dtype that is computed in."""
+    dtype = compute_dtype(*tensors)
     return [x.detach().to(dtype) for x in tensors]
+
+
+def zero_wins(weight: Tensor, x: Tensor) -> Tensor:
+    """weight·x, and 0 where the weight is 0, whatever x is."""
+    return torch.where(weight == 0, 0.0, weight * x)
+
+
+def inverse_or_zero(x: Tensor) -> Tensor:
+    """1/x, 0 where x is."""
+    return torch.where(x == 0, 0.0, 1 / x)
 
 
 def distinct(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...divergences import Parameter
 from .. import _backend
-from .._common import check_floats, no_double_backward, option_pair, two_dimensional
+from .._common import check_floats, compute_dtype, no_double_backward, option_pair, two_dimensional
 from . import reference
 
 _INPUTS = "Tensor student, Tensor teacher, float temperature, Tensor? temperature_tensor"
@@ -92,7 +92,7 @@ def dist_loss(
     dtypes = (student_logits.dtype, teacher_logits.dtype)
     chosen, why = _backend.choose(backend, student_logits.device, dtypes)
     _backend.warn_of_reference(chosen, why, student_logits.device)
-    compute = torch.promote_types(torch.promote_types(*dtypes), torch.float32)
+    compute = compute_dtype(student_logits, teacher_logits)
     nowhere, device = torch.Size(), student_logits.device
     pair = option_pair("temperature", temperature, nowhere, device, compute, positive=True)
     for name, weight in (("inter_weight", inter_weight), ("intra_weight", intra_weight)):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._common import compute_dtype
+
 # Numbers that the forward keeps, a row and a column: see dist_loss/__init__.py.
 ROWS = ("student_maximum", "student_log_sum", "teacher_maximum", "teacher_log_sum",
         "by_teacher", "by_student")  # fmt: skip
@@ -16,7 +18,7 @@ def dist_loss(
     backward needs.
     """
     n, vocab = student.shape
-    compute = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    compute = compute_dtype(student, teacher)
     inverse = 1 / _temperature(temperature, temperature_tensor, student, compute)
     statistics = [*_statistics(student, inverse), *_statistics(teacher, inverse)]
     p = _softmax(student, statistics[0], statistics[1], inverse)

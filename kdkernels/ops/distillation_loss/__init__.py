@@ -28,6 +28,8 @@ from .. import _backend
 from .._common import (
     check_floats,
     check_names,
+    check_shape,
+    compute_dtype,
     no_double_backward,
     option_pair,
     two_dimensional,
@@ -218,7 +220,7 @@ def distillation_loss_and_grad(
     """
     check_names("distillation_loss_and_grad", options, _KEYWORDS)
     call = _prepare(student_logits, teacher_logits, labels, **options)
-    for name, tau in zip(_TEMPERATURES, call.temperatures, strict=True):
+    for name, tau in zip(ops.TEMPERATURES, call.temperatures, strict=True):
         if tau is not None:
             raise ValueError(
                 f"{name} requires grad in distillation_loss_and_grad, which gives none for it; "
@@ -333,7 +335,7 @@ def _prepare(
     _backend.warn_of_reference(chosen, why, student_logits.device)
     leading, columns = student_logits.shape[:-1], student_logits.shape[-1]
     check_flags(teacher_grad=teacher_grad, inplace=inplace)
-    compute = reference.compute_dtype(student_logits, teacher_logits)
+    compute = compute_dtype(student_logits, teacher_logits)
     temperatures = (None, None) if fused_only else _take_temperatures(options, compute)
     row = row_options(
         labels, leading, columns, student_logits.device, compute, **options, fused_only=fused_only
@@ -362,9 +364,6 @@ def _prepare(
     return _Call(student, teacher, chosen, temperatures, row, extras, leading, teacher_grad)
 
 
-_TEMPERATURES = ("temperature", "teacher_temperature")
-
-
 def _take_temperatures(
     options: dict[str, Any], compute: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -373,7 +372,7 @@ def _take_temperatures(
     if options["teacher_temperature"] is None:
         options["teacher_temperature"] = options.get("temperature", 1.0)
     taken: list[Tensor | None] = []
-    for name in _TEMPERATURES:
+    for name in ops.TEMPERATURES:
         tau = options.get(name, 1.0)
         if isinstance(tau, Tensor) and tau.requires_grad:
             options[name] = tau.detach()
@@ -443,7 +442,7 @@ def row_options(
                 f"labels is None with {needs}; accepted: labels of shape {tuple(leading)}"
             )
     else:
-        _check_shape("labels", labels, leading, device)
+        check_shape("labels", labels, leading, device)
         if labels.dtype not in _INTEGERS:
             raise TypeError(f"labels has dtype {labels.dtype}; accepted: integer dtypes")
         pass_labels = labels.reshape(-1).to(torch.int64)
@@ -452,7 +451,7 @@ def row_options(
 
     rest = (leading, device, compute)
     if token_weights is not None:
-        _check_shape("token_weights", token_weights, leading, device)
+        check_shape("token_weights", token_weights, leading, device)
         if token_weights.is_complex():
             raise TypeError(f"token_weights has dtype {token_weights.dtype}; accepted: real dtypes")
         if token_weights.requires_grad:
@@ -596,15 +595,6 @@ def check_vocab_size(vocab_size: Any, widest: int) -> None:
         raise TypeError(f"vocab_size is a {type(vocab_size).__name__}; accepted: int or None")
     if vocab_size is not None and not 1 <= vocab_size <= widest:
         raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the {widest} columns given")
-
-
-def _check_shape(name: str, value: Any, leading: torch.Size, device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; accepted: Tensor")
-    if value.shape != leading:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: {tuple(leading)}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}; accepted: the logits' device {device}")
 
 
 def check_labels(labels: Tensor | None, ignore_index: int, vocab_size: int) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from .._common import compute_dtype, zero_wins
 from . import reference
 
 # What the fused ops take after the logits, and linear_distillation_loss's after its heads.
@@ -61,6 +62,7 @@ _backend.define(OF_ROWS, reference, f"{__package__}.triton_rows")
 OPTION_NAMES = [argument.split()[-1] for argument in OPTIONS.split(", ")]
 PLACE = {name: place for place, name in enumerate(OPTION_NAMES)}
 
+TEMPERATURES = ("temperature", "teacher_temperature")
 # Divergences made of a fused one.
 MADE_OF = {"adaptive_kl": "jeffreys", "cross_entropy": "forward_kl"}
 # What the standardised logits are divided by is their deviation plus this (Sun et al. 2024).
@@ -112,30 +114,28 @@ class Call(NamedTuple):
 
 def prepare(backend: str, student: Tensor, teacher: Tensor, options: tuple, extras: Extras) -> Call:
     """``options`` are OPTIONS, their divergence any."""
-    option = dict(zip(OPTION_NAMES, options, strict=True))
-    divergence, with_stats = option["divergence"], option["return_stats"]
+    divergence, with_stats = options[PLACE["divergence"]], options[PLACE["return_stats"]]
     kept = Kept(
         student,
         teacher,
         extras.teacher_center,
-        option["labels"],
+        options[PLACE["labels"]],
         None,
         None,
         backend,
         MADE_OF.get(divergence, divergence),
-        option["label_smoothing"],
-        option["vocab_size"],
-        option["t_squared"],
+        options[PLACE["label_smoothing"]],
+        options[PLACE["vocab_size"]],
+        options[PLACE["t_squared"]],
         divergence == "cross_entropy",
     )
     if not extras.standardize and divergence not in MADE_OF:
         return Call(kept, options, 1.0, with_stats)
+    option = dict(zip(OPTION_NAMES, options, strict=True))
     t2: float | Tensor = 1.0
     if extras.standardize:
         moments = [
-            run(backend, "row_moments", x, kept.vocab_size).to(
-                reference.compute_dtype(student, teacher)
-            )
+            run(backend, "row_moments", x, kept.vocab_size).to(compute_dtype(student, teacher))
             for x in (student, teacher)
         ]
         kept = kept._replace(student_moments=moments[0], teacher_moments=moments[1])
@@ -144,10 +144,10 @@ def prepare(backend: str, student: Tensor, teacher: Tensor, options: tuple, extr
             t2 = tau * tau if tau is not None else number * number
             _multiply(option, "kd_weight", t2)
             option["t_squared"] = False
-        for name, of in zip(_TEMPERATURES, moments, strict=True):
+        for name, of in zip(TEMPERATURES, moments, strict=True):
             _multiply(option, name, of[1] + EPSILON)
     if divergence == "adaptive_kl":
-        temperatures = (_as_tensor(option, name, student, teacher) for name in _TEMPERATURES)
+        temperatures = (_as_tensor(option, name, student, teacher) for name in TEMPERATURES)
         option["first_tensor"] = run(
             backend, "adaptive_weights", student, teacher, *temperatures, kept.vocab_size
         )
@@ -233,7 +233,7 @@ def temperature_terms(kept: Kept, rows: Tensor) -> TemperatureTerms:
         kept.divergence,
         kept.vocab_size,
     )
-    kd_scale, ts, tt = (rows[_LINE[name]] for name in ("kd_scale", *_TEMPERATURES))
+    kd_scale, ts, tt = (rows[_LINE[name]] for name in ("kd_scale", *TEMPERATURES))
     of_kd = kd_scale != 0
 
     def counted(x: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def add_deviations_(
         if grad.dim() == 1 or moments is None or factor is None:
             continue
         if upstream is not None:
-            factor = torch.where(factor == 0, 0.0, factor * upstream)
+            factor = zero_wins(factor, upstream)
         run(kept.backend, "add_centered_", grad, logits, moments[0], factor, kept.vocab_size)
 
 
@@ -290,9 +290,6 @@ def call_rows(op: Callable, *args: Any) -> Any:
         if "labels[" in str(error):  # the stable C++ interface knows no other exception
             raise IndexError(str(error)) from None
         raise
-
-
-_TEMPERATURES = ("temperature", "teacher_temperature")
 
 
 def _seen(kept: Kept) -> tuple[Tensor, ...]:
@@ -321,7 +318,7 @@ def _as_tensor(option: dict[str, Any], name: str, student: Tensor, teacher: Tens
     tensor = option[f"{name}_tensor"]
     if tensor is not None:
         return tensor
-    compute = reference.compute_dtype(student, teacher)
+    compute = compute_dtype(student, teacher)
     return torch.full((1,), option[name], dtype=compute, device=student.device)
 
 
@@ -330,7 +327,7 @@ def _finish(call: Call, loss: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     if call.kept.adds_entropy:
         kd_scale = rows[_LINE["kd_scale"]]
         entropy = rows[_LINE["teacher_entropy"]]
-        term = reference.zero_wins(kd_scale, entropy)
+        term = zero_wins(kd_scale, entropy)
         none = call.options[PLACE["reduction"]] == "none"
         loss = loss + (term if none else term.sum(dtype=torch.float64).to(loss.dtype))
     if not call.with_stats:

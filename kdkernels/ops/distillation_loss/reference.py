@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import TERMS, allowed, geometric
+from .._common import compute_dtype, zero_wins
 
 # One line of `rows` each; csrc/distillation_loss/problem.h has the same list.
 ROWS = (
@@ -491,12 +492,6 @@ def divisors(
     return torch.where(kd == 0, 1.0, kd), torch.where(ce == 0, 1.0, ce)
 
 
-def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """float64 where either row is float64, else float32."""
-    both = torch.promote_types(student.dtype, teacher.dtype)
-    return torch.float64 if both == torch.float64 else torch.float32
-
-
 def _log_z(x: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
     """(anchor, log Σ exp((x − anchor)/temperature)) of each row; the anchor is the maximum,
     0 where that is −inf.
@@ -551,10 +546,6 @@ def _entropies(row: Row, exclude: bool) -> tuple[Tensor, Tensor]:
         return own + zero_wins(rest, rest_entropy)
 
     return whole(row.student_odds, student), whole(row.teacher_odds, teacher)
-
-
-def zero_wins(weight: Tensor, x: Tensor) -> Tensor:
-    return torch.where(weight == 0, 0.0, weight * x)
 
 
 def take(x: Tensor, labels: Tensor) -> Tensor:

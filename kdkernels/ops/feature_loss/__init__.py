@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _backend
-from .._common import check_floats, check_names, distinct, no_double_backward
+from .._common import check_floats, check_names, compute_dtype, distinct, no_double_backward
 from . import reference
 
 # What the ops take of features. One entry a layer in every list; no list is longer or shorter.
@@ -251,9 +251,7 @@ class FeatureCall(NamedTuple):
         return len(self.tensors) // 4
 
     def compute_dtype(self) -> torch.dtype:
-        return reference.compute_dtype(
-            [x for x in self.tensors[: 2 * self.layers] if x is not None], []
-        )
+        return compute_dtype(*(x for x in self.tensors[: 2 * self.layers] if x is not None))
 
     def needs_grad(self) -> bool:
         return any(x is not None and x.requires_grad for x in self.tensors)
@@ -407,7 +405,7 @@ def prepare(
         raise ValueError(
             f"reduction='none' with layers of {sizes} samples; accepted: the same number in all"
         )
-    compute = reference.compute_dtype(student, teacher)
+    compute = compute_dtype(*student, *teacher)
     masks = [
         _mask(f"mask[{i}]", value, student[i], dims[i], compute)
         for i, value in enumerate(_per_layer("mask", mask, n))
@@ -707,7 +705,7 @@ def _projected(
     positions = math.prod(rows.shape[1:-1])
     step = max(1, PROJECTION_BYTES // max(1, positions * channels * dtype.itemsize))
     divisor = reference.divisor(mask, samples, positions, channels, metric, reduction)
-    compute = reference.compute_dtype([matrix], [teacher])
+    compute = compute_dtype(matrix, teacher)
     factor = weights[0] if weights_tensor is None else weights_tensor
     factor = torch.as_tensor(factor / divisor, dtype=compute, device=student.device).reshape(1)
     wants_student, wants_weight, wants_variance = wanted

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._common import compute_dtype, zero_wins
+
 METRICS = ("l2", "smooth_l1", "cosine", "attention", "gaussian_nll")
 
 # A vector shorter than this has no direction: it counts as 0 and its gradient is 0. (torch divides
@@ -34,7 +36,7 @@ def feature_loss(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(loss, parts, grads) for the schema in this folder's __init__.py."""
-    dtype = compute_dtype(students, teachers)
+    dtype = compute_dtype(*students, *teachers)
     n = len(students)
     units, grads, variance_grads = [], [], []
     for i, dim in enumerate(feature_dims):
@@ -47,19 +49,17 @@ def feature_loss(
         samples, positions, channels = rows.s.shape
         mask = None if masks[i] is None else rows.weight
         scale = weight / divisor(mask, samples, positions, channels, metric, reduction)
-        unit = _zero_wins(scale, term.value)
+        unit = zero_wins(scale, term.value)
         units.append(unit)
         factor = scale.expand(samples)
         if upstream is not None:
             up = upstream.reshape(-1)[i * samples :][:samples] if reduction == "none" else upstream
-            factor = _zero_wins(factor, up.to(dtype).expand(samples))
+            factor = zero_wins(factor, up.to(dtype).expand(samples))
         grads.append(_student_grad(students[i], rows, term.grad, factor, dim, wanted[i]))
         variance_grad = students[i].new_empty(0)
         variance = log_variances[i]
         if variance is not None and wanted[n + i]:
-            variance_grad = (
-                _zero_wins(factor[:, None], term.variance_grad).sum(0).to(variance.dtype)
-            )
+            variance_grad = zero_wins(factor[:, None], term.variance_grad).sum(0).to(variance.dtype)
         variance_grads.append(variance_grad)
     parts = torch.stack([unit.sum() for unit in units])
     loss = torch.stack(units) if reduction == "none" else parts.sum()
@@ -71,12 +71,6 @@ def scale_features_(grads: Sequence[Tensor], factor: Tensor) -> None:
     for grad in grads:
         scaled = grad * factor.to(torch.promote_types(grad.dtype, torch.float32))
         grad.copy_(torch.where(grad == 0, grad, scaled))  # what is masked stays 0
-
-
-def compute_dtype(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> torch.dtype:
-    """float64 where any feature is float64, else float32."""
-    wide = any(x.dtype == torch.float64 for x in (*students, *teachers))
-    return torch.float64 if wide else torch.float32
 
 
 class _Rows:
@@ -118,15 +112,13 @@ def _term(
         log_variance = log_variance.to(s.dtype)
         difference, precision = s - t, torch.exp(-log_variance)
         square = difference * difference * precision
-        value = _zero_wins(weight, 0.5 * (square + log_variance))
-        variance_grad = _zero_wins(weight, 0.5 * (1 - square)).sum(1)
-        return _Term(value.sum((1, 2)), _zero_wins(weight, difference * precision), variance_grad)
+        value = zero_wins(weight, 0.5 * (square + log_variance))
+        variance_grad = zero_wins(weight, 0.5 * (1 - square)).sum(1)
+        return _Term(value.sum((1, 2)), zero_wins(weight, difference * precision), variance_grad)
     cosine = metric == "cosine"
     if not (normalize or cosine):
         value, slope = _elementwise(s - t, metric, beta)
-        return _Term(
-            _zero_wins(weight, value).sum((1, 2)), _zero_wins(weight, slope), s.new_empty(0)
-        )
+        return _Term(zero_wins(weight, value).sum((1, 2)), zero_wins(weight, slope), s.new_empty(0))
     s_unit, inverse = _unit(s, -1)
     t_unit, teacher_inverse = _unit(t, -1)
     value, slope = _elementwise(s_unit - t_unit, "l2" if cosine else metric, beta)
@@ -135,16 +127,16 @@ def _term(
         value, slope = 0.5 * value, 0.5 * slope
         value = torch.where((inverse == 0) | (teacher_inverse == 0), 1.0, value)
     grad = (slope - s_unit * (s_unit * slope).sum(-1, keepdim=True)) * inverse
-    return _Term(_zero_wins(weight, value).sum((1, 2)), _zero_wins(weight, grad), s.new_empty(0))
+    return _Term(zero_wins(weight, value).sum((1, 2)), zero_wins(weight, grad), s.new_empty(0))
 
 
 def _attention(rows: _Rows) -> _Term:
     s_map, inverse = _unit(rows.s.square().sum(-1), -1)
     t_map, _ = _unit(rows.t.square().sum(-1), -1)
     difference = s_map - t_map
-    slope = _zero_wins(rows.weight, 2 * difference)
+    slope = zero_wins(rows.weight, 2 * difference)
     map_grad = (slope - s_map * (s_map * slope).sum(-1, keepdim=True)) * inverse
-    value = _zero_wins(rows.weight, difference * difference).sum(-1)
+    value = zero_wins(rows.weight, difference * difference).sum(-1)
     return _Term(value, 2 * rows.s * map_grad[..., None], value.new_empty(0))
 
 
@@ -194,11 +186,7 @@ def _student_grad(
 ) -> Tensor:
     if not wanted:
         return student.new_empty(0)
-    grad = _zero_wins(factor[:, None, None], grad)
+    grad = zero_wins(factor[:, None, None], grad)
     grad = torch.where(rows.counted[..., None], grad, 0.0)
     # The student's strides, as the compiled op has them.
     return torch.empty_like(student).copy_(grad.reshape(rows.shape).movedim(-1, dim))
-
-
-def _zero_wins(weight: Tensor, x: Tensor) -> Tensor:
-    return torch.where(weight == 0, 0.0, weight * x)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._common import check_floats, check_pair, loss_of_pairs
+from .._common import check_floats, check_pair, inverse_or_zero, loss_of_pairs
 
 NORMALIZE = ("gram", "features", None)
 CLIP = (None, "both", "teacher")
@@ -186,16 +186,12 @@ def _nst(student: Tensor, teacher: Tensor, with_grad: bool) -> tuple[Tensor, Ten
 
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows over their norms, 0 where they are 0, and one over the norms."""
-    inverse = _inverse(torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+    inverse = inverse_or_zero(torch.linalg.vector_norm(x, dim=-1, keepdim=True))
     return x * inverse, inverse
 
 
 def _through_unit_rows(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     return (grad - (grad * unit).sum(-1, keepdim=True) * unit) * inverse
-
-
-def _inverse(x: Tensor) -> Tensor:
-    return x.reciprocal().masked_fill(x == 0, 0)
 
 
 # ---- through D×D products ----
@@ -228,7 +224,7 @@ def _through_columns(
     """
     # The loss does not change with the scale of either; of one scale, both may cancel in E.
     s_scale, t_scale = (
-        _inverse(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)) for x in (s, t)
+        inverse_or_zero(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)) for x in (s, t)
     )
     columns = s.shape[2]
     p, e = _sum_and_difference(s * s_scale, t * t_scale)
@@ -236,8 +232,8 @@ def _through_columns(
     s, t = (p + e) / 2, (p - e) / 2
     s_rows = s @ ((pp + ee + pe + pe.mT) / 4)
     t_rows = t @ ((pp + ee - pe - pe.mT) / 4)
-    s_inverse = _inverse((s * s_rows).sum(2, keepdim=True).clamp(min=0).sqrt())
-    t_inverse = _inverse((t * t_rows).sum(2, keepdim=True).clamp(min=0).sqrt())
+    s_inverse = inverse_or_zero((s * s_rows).sum(2, keepdim=True).clamp(min=0).sqrt())
+    t_inverse = inverse_or_zero((t * t_rows).sum(2, keepdim=True).clamp(min=0).sqrt())
     a, b = s * s_inverse, t * t_inverse
     x, y = a - b, a + b
     p_r, e_r = (x @ pp + y @ pe.mT) / 2, (x @ pe + y @ ee) / 2

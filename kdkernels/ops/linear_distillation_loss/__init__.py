@@ -205,7 +205,7 @@ def linear_distillation_loss(
             f"chunk_rows={chunk_rows} with low_memory=True, which has no chunks of rows; accepted: "
             "memory_budget"
         )
-    given = tensors[6]  # teacher_logits
+    given = tensors[_Heads._fields.index("teacher_logits")]
     flat = given is None or given.dim() == 2
     if low_memory and given is not None and not flat:
         raise ValueError(

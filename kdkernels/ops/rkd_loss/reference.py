@@ -7,6 +7,8 @@ student's gradient (N, Ds), empty where it is not asked for. (N, N) matrices are
 import torch
 from torch import Tensor
 
+from .._common import inverse_or_zero
+
 # Cosines that are there at a time: anchors × N².
 _CHUNK = 1 << 22
 
@@ -16,14 +18,14 @@ def rkd_distance_loss(
 ) -> tuple[Tensor, Tensor]:
     n = student.shape[0]
     s, t = _squares(student).sqrt(), _squares(teacher).sqrt()
-    s_inverse, t_inverse = (_inverse(d.sum() / max(n * (n - 1), 1)) for d in (s, t))
+    s_inverse, t_inverse = (inverse_or_zero(d.sum() / max(n * (n - 1), 1)) for d in (s, t))
     e = s * s_inverse - t * t_inverse
     slope = e.clamp(-1, 1)
     loss = (slope * (e - slope / 2)).sum() / max(n * n, 1)
     if not student_grad:
         return loss, student.new_empty((0, student.shape[1]))
     common = (slope * s).sum() * s_inverse.square() / max(n * (n - 1), 1)
-    weights = (slope * s_inverse - common) * _inverse(s) * (2 / max(n * n, 1))
+    weights = (slope * s_inverse - common) * inverse_or_zero(s) * (2 / max(n * n, 1))
     return loss, _pull(student, weights)
 
 
@@ -31,8 +33,8 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, student_grad: bool) -> tupl
     n = student.shape[0]
     # In float64: the squares' differences cancel where one arm is much shorter than the other.
     s, t = _squares(student.double()), _squares(teacher.double())
-    s_inverse = _inverse(s.sqrt()).to(student.dtype)
-    t_inverse = _inverse(t.sqrt()).to(student.dtype)
+    s_inverse = inverse_or_zero(s.sqrt()).to(student.dtype)
+    t_inverse = inverse_or_zero(t.sqrt()).to(student.dtype)
     loss = student.new_zeros(())
     arms, across = torch.zeros_like(s_inverse), torch.zeros_like(s_inverse)
     step = max(1, _CHUNK // max(n * n, 1))
@@ -57,11 +59,6 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, student_grad: bool) -> tupl
 def _squares(x: Tensor) -> Tensor:
     """|x_i − x_j|², from differences: equal points are exactly 0 apart."""
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
-
-
-def _inverse(x: Tensor) -> Tensor:
-    """1/x, 0 where x is."""
-    return torch.where(x == 0, 0.0, 1 / x)
 
 
 def _cosines(squares: Tensor, inverses: Tensor, anchors: slice) -> Tensor:

@@ -50,6 +50,8 @@ from .. import _backend
 from .._common import (
     check_floats,
     check_names,
+    check_shape,
+    compute_dtype,
     distinct,
     no_autocast,
     no_double_backward,
@@ -238,7 +240,7 @@ def prototypes(features: Tensor, labels: Tensor, num_classes: int | None = None)
     check_floats("features", features)
     if features.dim() < 1:
         raise ValueError("features has shape (); accepted: (..., D)")
-    _check_rows("labels", labels, features.shape[:-1], features.device)
+    check_shape("labels", labels, features.shape[:-1], features.device, "the features")
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"labels has dtype {labels.dtype}; accepted: integer dtypes")
     labels = labels.reshape(-1).to(torch.int64)
@@ -250,7 +252,7 @@ def prototypes(features: Tensor, labels: Tensor, num_classes: int | None = None)
         raise TypeError(f"num_classes is a {type(num_classes).__name__}; accepted: None or int")
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}; accepted: None or int >= 1")
-    compute = reference.row_reference.compute_dtype(features, features)
+    compute = compute_dtype(features)
     rows = features.reshape(-1, features.shape[-1]).to(compute)
     on_host = features.device.type == "cpu" and not torch.compiler.is_compiling()
     on_host = on_host and not isinstance(labels, FakeTensor)
@@ -309,7 +311,7 @@ def prototype_posterior(
     check_flags(center=center, log=log)
     _check_features("features", features)
     _check_keys("prototypes", prototypes, "features", features)
-    compute = reference.row_reference.compute_dtype(features, prototypes)
+    compute = compute_dtype(features, prototypes)
     rest = (features.device, compute)
     numbers = [_scalar("gamma", gamma, *rest), _scalar("temperature", temperature, *rest)]
     rows, keys = _prepared(
@@ -395,15 +397,13 @@ def _prepare(
         raise ValueError(
             f"exclude_diagonal=True with {rows} rows and {keys} keys; accepted: as many of each"
         )
-    everything = (student, teacher, student_keys, teacher_keys)
-    wide = any(x.dtype == torch.float64 for x in everything)
-    compute = torch.float64 if wide else torch.float32
+    compute = compute_dtype(student, teacher, student_keys, teacher_keys)
     rest = (device, compute)
     chosen, why = _backend.choose(backend, device, (compute,), on_devices=("triton",))
     _backend.warn_of_reference(chosen, why, device)
 
     if row_weights is not None:
-        _check_rows("row_weights", row_weights, leading, device)
+        check_shape("row_weights", row_weights, leading, device, "the features")
         if row_weights.is_complex() or row_weights.requires_grad:
             what = "requires grad" if row_weights.requires_grad else f"has {row_weights.dtype}"
             raise ValueError(f"row_weights {what}; accepted: real tensors without gradient")
@@ -550,15 +550,6 @@ def _check_keys(name: str, keys: Any, of: str, rows: Tensor) -> None:
         )
     if keys.device != rows.device:
         raise ValueError(f"{name} is on {keys.device}; accepted: {of}'s device {rows.device}")
-
-
-def _check_rows(name: str, value: Any, leading: torch.Size, device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; accepted: Tensor")
-    if value.shape != leading:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: {tuple(leading)}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}; accepted: the features' device {device}")
 
 
 class _Similarity(torch.autograd.Function):

@@ -7,7 +7,7 @@ compiled. Features come centred and, for the kernels of a cosine, of unit length
 import torch
 from torch import Tensor
 
-from .._common import no_autocast
+from .._common import no_autocast, zero_wins
 from ..distillation_loss import reference as row_reference
 
 # Scores of one block of rows, for each of student and teacher.
@@ -173,7 +173,7 @@ def _run(
             s, t, *of_rows, wants_teacher
         )
         losses.append(loss)
-        v = _times(w, of_student.slope(a, b, products))
+        v = zero_wins(w, of_student.slope(a, b, products))
         if wants_rows:
             by_rows[rows] = v @ b
             # Where the score depends on x alone, so that Σ ∂L/∂x is 0 (dot, rbf), there is no term.
@@ -185,16 +185,12 @@ def _run(
                 by_keys -= b * v.sum(0)[:, None]
         if wants_parameters:
             of_pairs = of_student.by_parameters(a, b, products)
-            by_parameters[:2] += torch.stack([_times(w, x).sum() for x in of_pairs])
+            by_parameters[:2] += torch.stack([zero_wins(w, x).sum() for x in of_pairs])
         if wants_teacher:
             of_pairs = of_teacher.by_parameters(teacher[rows], teacher_keys, teacher_products)
-            by_parameters[2:] += torch.stack([_times(teacher_w, x).sum() for x in of_pairs])
+            by_parameters[2:] += torch.stack([zero_wins(teacher_w, x).sum() for x in of_pairs])
     if reduction == "none":
         loss = torch.cat(losses) if losses else student.new_empty(0)
     else:
         loss = torch.stack(losses).sum() if losses else student.new_zeros(())
     return loss, by_rows, by_keys, by_parameters
-
-
-def _times(w: Tensor, x: Tensor) -> Tensor:
-    return torch.where(w == 0, 0.0, w * x)
